@@ -1,0 +1,327 @@
+"""Recipes: the YAML files that drive the tool, their schema, and `key=value` overrides.
+
+Every key has a type, a default and a description; an unknown key is an error that names the closest known one. `compress schema`
+prints the whole as JSON Schema. This module imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from compress.errors import UsageError
+
+Method = Literal["magnitude", "wanda", "ria", "sparsegpt"]
+Baseline = Literal["dense", "magnitude", "wanda", "ria", "sparsegpt", "sparsegpt-update"]
+CurveName = Literal["linear", "exponential", "cosine", "constant"]
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are errors, values cannot change once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    source: str = Field(description="Hub name, folder, .gguf file, or asset:tiny-llama / asset:tiny-moe")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Type of the frozen weights in memory; auto is the checkpoint's own"
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit on the hub")
+    trust_remote_code: bool = Field(False, description="Run model code from the hub; off unless you know the author")
+    device: str = Field("auto", description="auto (a GPU if there is one), cpu, cuda, cuda:1, mps")
+
+
+class WeightsSection(Section):
+    include: list[str] = Field(
+        ["*"], min_length=1, description="Globs over weight names; the default is every matrix of the decoder blocks"
+    )
+    exclude: list[str] = Field([], description="Globs of weights to leave dense; each must match something")
+
+
+class SourceSection(Section):
+    """One text: a local path or a hub data set."""
+
+    path: str | None = Field(
+        None, description="asset:NAME, or a .txt, .jsonl, .json or .parquet file, a glob or a folder of them"
+    )
+    dataset: str | None = Field(None, description="Hub data set, for example allenai/c4")
+    name: str | None = Field(None, description="Configuration of the data set, for example en")
+    split: str = Field("train", description="Split of the data set")
+    field: str = Field("text", description="Field that holds the text")
+    span: tuple[float, float] = Field(
+        (0.0, 1.0), description="Part to use, as fractions: of the characters of a .txt file, else of the documents"
+    )
+    streaming: bool = Field(False, description="Read the data set as a stream, without downloading it whole")
+    documents: int | None = Field(None, gt=0, description="Read at most this many documents")
+    weight: float = Field(1.0, gt=0, description="Share of the tokens relative to the other sources")
+
+    @model_validator(mode="after")
+    def _one_place(self) -> SourceSection:
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("give either path (a local text) or dataset (a hub data set)")
+        if not 0 <= self.span[0] < self.span[1] <= 1:
+            raise ValueError(f"span {list(self.span)} is not a part: it needs 0 <= start < end <= 1")
+        return self
+
+
+class DataSection(Section):
+    sources: list[SourceSection] = Field(min_length=1, description="Texts for calibration and training")
+    seqlen: int = Field(512, gt=1, description="Tokens a training sequence")
+    max_tokens: int | None = Field(
+        None,
+        gt=0,
+        description="Tokenise at most this many tokens; null reads as many as the run needs from a stream, everything from a file",
+    )
+
+
+class CalibrationSection(Section):
+    samples: int = Field(128, gt=0, description="Sequences that one-shot methods see")
+    seqlen: int | None = Field(None, gt=1, description="Tokens a calibration sequence; data.seqlen by default")
+    damping: float = Field(
+        0.01, gt=0, description="SparseGPT: added to the diagonal of the inputs' second moment, as a share of its mean"
+    )
+
+
+class PriorSection(Section):
+    method: Method = Field(
+        "sparsegpt", description="One-shot method whose mask learning starts from (mask only, original weights)"
+    )
+    strength: float = Field(
+        3.0, ge=0, description="The paper's alpha: how strongly the start leans to the prior, in units of init_std"
+    )
+    init_std: float = Field(0.01, gt=0, description="Standard deviation of the paper's initial logits: the unit of strength")
+    noise: bool = Field(
+        False, description="Draw N(0, init_std) under the prior as the paper does; without, the start equals the prior exactly"
+    )
+
+
+class ScheduleSection(Section):
+    start: float
+    end: float
+    curve: CurveName = Field("linear", description="linear is the paper's")
+
+
+class LearnSection(Section):
+    steps: int = Field(2000, ge=0, description="Optimizer steps; 0 keeps the prior")
+    batch: int = Field(256, gt=0, description="Sequences a step, over all processes and micro-batches")
+    micro_batch: int = Field(1, gt=0, description="Sequences a forward pass")
+    parametrization: Literal["patterns", "scores"] = Field(
+        "scores", description="patterns: a logit a candidate mask (the paper's); scores: a score a weight, a third less memory"
+    )
+    noise: bool = Field(False, description="Gumbel noise on the candidates, drawn anew every micro-batch (the paper's)")
+    hard: bool = Field(False, description="Straight-through: hard masks forward, soft gradients backward")
+    temperature: ScheduleSection = Field(
+        ScheduleSection(start=1.0, end=0.05, curve="exponential"), description="Softmax temperature tau"
+    )
+    scale: ScheduleSection = Field(ScheduleSection(start=100.0, end=500.0), description="Logit scale kappa")
+    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate of the logits")
+    warmup: float = Field(0.1, ge=0, lt=1, description="Share of the steps that ramps the learning rate up")
+    final_rate: float = Field(0.1, ge=0, le=1, description="The cosine ends at this share of the peak")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW")
+    eps: float = Field(1e-8, gt=0, description="AdamW")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW, on the logits (the paper: 0.1)")
+    clip: float = Field(1.0, ge=0, description="Clip the gradient to this global norm; 0 does not clip")
+    regulariser: float = Field(
+        0.0,
+        ge=0,
+        description="The paper's lambda (1e-5): rewards masks that keep large weights; a sum over all weights, decays linearly to 0",
+    )
+    cross_entropy: float = Field(0.0, ge=0, description="Weight of the next-token loss (the paper: 1)")
+    distillation: float = Field(1.0, ge=0, description="Weight of KL(dense model || masked model), at each token (the paper: 0)")
+    precision: Literal["bf16", "fp32"] = Field(
+        "bf16", description="Precision of the matrix products; logits and losses stay in fp32"
+    )
+    save_minutes: float = Field(10.0, gt=0, description="Write a checkpoint this often")
+
+    @model_validator(mode="after")
+    def _some_loss(self) -> LearnSection:
+        if self.cross_entropy == 0 and self.distillation == 0:
+            raise ValueError("cross_entropy and distillation are both 0: there is nothing to learn from")
+        if self.batch % self.micro_batch:
+            raise ValueError(f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}")
+        return self
+
+
+class TextSection(Section):
+    """A text to measure perplexity on."""
+
+    source: SourceSection
+    seqlen: int = Field(2048, gt=1, description="Tokens a window")
+    limit: int | None = Field(None, gt=0, description="Measure the first windows only")
+    bos: Literal["auto", "none", "every"] = Field(
+        "auto", description="auto: what the tokenizer puts before the whole text; none; every: before every window"
+    )
+
+
+class EvaluateSection(Section):
+    texts: dict[str, TextSection] = Field(
+        {}, description="Measured at the end, by name; the first one is the summary's perplexity"
+    )
+    baselines: list[Baseline] = Field(["dense"], description="Methods measured beside the learned mask")
+    every: int = Field(0, ge=0, description="Also measure the current hard mask every so many steps (0: only at the end)")
+    every_limit: int | None = Field(None, gt=0, description="Windows of the first text to use for that")
+
+
+class LearnMaskRecipe(Section):
+    """Learn an N:M mask on frozen weights (`compress learn-mask`)."""
+
+    recipe: Literal["learn-mask"] = Field("learn-mask", description="What this recipe drives")
+    description: str = Field("", description="One line for `compress recipes ls`")
+    model: ModelSection
+    pattern: str = Field("2:4", description="N:M: keep N of every M weights along the contracted dimension")
+    weights: WeightsSection = WeightsSection()
+    data: DataSection
+    calibration: CalibrationSection = CalibrationSection()
+    prior: PriorSection = PriorSection()
+    learn: LearnSection = LearnSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    seed: int = Field(0, ge=0, description="Of the order of the text, the initial noise and the Gumbel noise")
+
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _pattern(cls, value: object) -> object:
+        # YAML 1.1 reads an unquoted 2:4 as the sexagesimal number 124.
+        if isinstance(value, int):
+            raise ValueError(f"write the pattern in quotes, as in '2:4' (YAML read it as the number {value})")
+        parts = str(value).split(":")
+        if len(parts) != 2 or not all(p.strip().isdigit() for p in parts) or not 0 < int(parts[0]) < int(parts[1]):
+            raise ValueError(f"{value!r} is not an N:M pattern with 0 < N < M; write it as in '2:4'")
+        return value
+
+
+def recipe_path(name: str) -> Path:
+    """A recipe file, or a shipped recipe by its name (`quickstart`). Raises UsageError with the closest names."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.suffix in (".yaml", ".yml") or "/" in name:
+        shipped = shipped_recipes().get(path.stem)
+        hint = f"; there is a shipped recipe {path.stem!r}" if shipped else ""
+        raise UsageError(f"no recipe file at {name}{hint}")
+    shipped_all = shipped_recipes()
+    if name in shipped_all:
+        return shipped_all[name]
+    raise UsageError(f"no recipe {name!r}{_closest(name, shipped_all)}; `compress recipes ls` lists them")
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes installed with the tool, by name."""
+    folder = Path(str(resources.files("compress_recipes")))
+    return {p.stem: p for p in sorted(folder.glob("*.yaml"))}
+
+
+def load_recipe(path: Path, overrides: list[str] | None = None) -> LearnMaskRecipe:
+    """Read a recipe, apply `key=value` overrides and check it. Raises UsageError that lists every fault at once."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise UsageError(f"{path} is not a recipe: expected keys and values, found {type(raw).__name__}")
+    for override in overrides or []:
+        apply_override(raw, override)
+    return check_recipe(raw, str(path))
+
+
+def check_recipe(raw: dict[str, Any], where: str) -> LearnMaskRecipe:
+    """Validate parsed YAML. `where` names it in errors."""
+    try:
+        return LearnMaskRecipe.model_validate(raw)
+    except ValidationError as error:
+        lines = "\n".join(f"  {line}" for line in _explain(error))
+        raise UsageError(f"{where} is not a valid recipe:\n{lines}") from error
+
+
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set `learn.steps=100` in parsed YAML, in place. The value is read as YAML, then typed by the schema."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UsageError(f"{override!r} is not an override; write key=value, for example learn.steps=100")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError as error:
+        raise UsageError(f"the value of {override!r} is not valid YAML: {error}") from error
+    if key == "pattern":
+        value = text  # or YAML 1.1 would make 2:4 a number
+    parts = key.split(".")
+    node: Any = raw
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise UsageError(f"{override!r}: {'.'.join(parts[:depth])} is a list of {len(node)}; use its number, from 0")
+            index: Any = int(part)
+        elif isinstance(node, dict):
+            index = part
+            if not last:
+                node.setdefault(part, {})
+                if node[part] is None:
+                    node[part] = {}
+        else:
+            raise UsageError(f"{override!r}: {'.'.join(parts[:depth])} is a value, it has no {part!r}")
+        if last:
+            node[index] = value
+        else:
+            node = node[index]
+
+
+def dump_recipe(recipe: LearnMaskRecipe) -> str:
+    """The recipe with every default filled in, as YAML that reads back to the same recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _explain(error: ValidationError) -> list[str]:
+    lines = []
+    for fault in error.errors():
+        where = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            *parents, key = fault["loc"]
+            lines.append(f"{where}: unknown key{_closest(str(key), _keys_at(tuple(parents)))}")
+        elif fault["type"] == "missing":
+            lines.append(f"{where}: missing, and it has no default")
+        else:
+            message = fault["msg"].removeprefix("Value error, ")
+            given = fault.get("input")
+            shown = (
+                f" (given: {given!r})"
+                if isinstance(given, (str, int, float, bool, type(None))) and repr(given) not in message
+                else ""
+            )
+            lines.append(f"{where or 'recipe'}: {message[:1].lower()}{message[1:]}{shown}")
+    return lines
+
+
+def _keys_at(path: tuple[int | str, ...]) -> list[str]:
+    """The known keys of the section at `path`."""
+    section: Any = LearnMaskRecipe
+    for part in path:
+        if isinstance(part, int) or not hasattr(section, "model_fields"):
+            continue
+        known = section.model_fields.get(part)
+        if known is None:
+            continue  # the name of an entry, as under evaluate.texts
+        section = _section_of(known.annotation) or section
+    return list(section.model_fields)
+
+
+def _section_of(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        found = _section_of(inner)
+        if found:
+            return found
+    return None
+
+
+def _closest(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"

@@ -1,0 +1,79 @@
+"""Atomic checkpoints of a run: a folder a step, complete or not there at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from maskllm.errors import MaskError
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `CheckpointStore.load` returns: the number of finished steps and the tensors."""
+
+    step: int
+    tensors: dict[str, Tensor]
+
+
+@dataclass
+class CheckpointStore:
+    """Checkpoints under `folder`, the newest `keep` of them, for the run that `fingerprint` describes.
+
+    A checkpoint is written under a temporary name, flushed to the disk and renamed, so a run killed at any moment leaves only
+    whole ones. fingerprint: what a continuation must share with the run that saved it, as printable parts (model, data, recipe).
+    """
+
+    folder: Path
+    fingerprint: dict[str, str]
+    keep: int = 2
+
+    def save(self, step: int, tensors: dict[str, Tensor]) -> None:
+        """Write the checkpoint of `step` and drop the oldest beyond `keep`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial, final = self.folder / f"step-{step:08d}.partial", self.folder / f"step-{step:08d}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        save_file({k: v.contiguous() for k, v in tensors.items()}, partial / "state.safetensors")
+        (partial / "state.json").write_text(json.dumps({"step": step, "fingerprint": self.fingerprint}, indent=1))
+        for file in (*partial.iterdir(), partial):
+            _flush(file)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        _flush(self.folder)
+        for old in self._complete()[: -self.keep]:
+            shutil.rmtree(old)
+
+    def load(self) -> Checkpoint | None:
+        """The newest checkpoint, or None. Raises MaskError when it was saved by a run with another fingerprint."""
+        complete = self._complete()
+        if not complete:
+            return None
+        newest = complete[-1]
+        facts = json.loads((newest / "state.json").read_text())
+        for part in sorted(self.fingerprint.keys() | facts["fingerprint"].keys()):
+            ours, theirs = self.fingerprint.get(part), facts["fingerprint"].get(part)
+            if ours != theirs:
+                raise MaskError(
+                    f"{newest} belongs to another run: its {part} is {theirs}, here it is {ours}; use another --out, or the recipe it was started with"
+                )
+        with safe_open(newest / "state.safetensors", "pt") as file:
+            return Checkpoint(facts["step"], {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+
+    def _complete(self) -> list[Path]:
+        return sorted(p for p in self.folder.glob("step-*") if p.suffix != ".partial") if self.folder.is_dir() else []
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,125 @@
+"""A learnable mask over any frozen weight, by `torch.nn.utils.parametrize`.
+
+`attach` puts a module over a parameter that returns `weight * mask` wherever the network reads it; the network itself is not
+changed, and `detach` takes the mask away again and leaves the original weight. It works the same for `nn.Linear` and for the
+fused 3-D expert parameters of mixture-of-experts layers.
+
+Every mask of a network reads one `MaskState`, which the training loop moves: the step, the micro-batch, temperature, scale, and
+whether masks act at all (switched off, the same network is its own dense teacher).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from compress_kernels.gumbel import Draw, stream_key
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from maskllm.gumbel import Parametrization, hard_mask, logit_width, soft_masked_weight
+from maskllm.patterns import Pattern
+
+
+@dataclass(frozen=True, eq=False)
+class MaskTarget:
+    """One weight to mask. `contracted_dim` (-1 or -2) is the dimension that the products sum over; groups run along it."""
+
+    name: str
+    module: nn.Module
+    parameter_name: str
+    contracted_dim: int
+
+
+@dataclass
+class MaskState:
+    """What all masks of one network share. `noise` adds Gumbel noise; `hard` is straight-through; `penalised` also sums w'^2."""
+
+    pattern: Pattern
+    parametrization: Parametrization
+    seed: int = 0
+    noise: bool = True
+    hard: bool = False
+    penalised: bool = False
+    enabled: bool = True
+    tau: float = 4.0
+    kappa: float = 100.0
+    step: int = 0
+    micro_batch: int = 0
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """Within it the network computes with its original weights."""
+        self.enabled = False
+        try:
+            yield
+        finally:
+            self.enabled = True
+
+
+class WeightMask(nn.Module):
+    """The learnable mask of one weight: float32 logits `[..., K/M, C]` or `[..., K/M, M]` over the weight with its contracted dimension last."""
+
+    def __init__(self, state: MaskState, logits: Tensor, layer: int, contracted_dim: int) -> None:
+        super().__init__()
+        self.state, self.layer, self.contracted_dim = state, layer, contracted_dim
+        self.logits = nn.Parameter(logits)
+        self.register_buffer("table", state.pattern.candidates().to(logits), persistent=False)
+        self.squared_norm: Tensor | None = None  # of the last forward pass, when the state is `penalised`
+
+    def forward(self, weight: Tensor) -> Tensor:
+        state = self.state
+        if not state.enabled:
+            return weight
+        key = stream_key(state.seed, state.step, state.micro_batch, self.layer) if state.noise else None
+        draw = Draw(tau=state.tau, kappa=state.kappa, noise_key=key, hard=state.hard)
+        device = weight.device.type
+        # Under autocast the product wants this dtype anyway; made here, it costs no extra pass over the weight.
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        out, norm = soft_masked_weight(
+            self.logits,
+            weight.movedim(self.contracted_dim, -1),
+            state.pattern,
+            state.parametrization,
+            draw,
+            table=self.table,
+            out_dtype=dtype,
+            want_norm=state.penalised,
+        )
+        self.squared_norm = norm if state.penalised else None
+        return out.movedim(-1, self.contracted_dim)
+
+    def hard(self) -> Tensor:
+        """The mask that the logits stand for now: bool, of the weight's own shape."""
+        return hard_mask(self.logits, self.state.pattern, self.state.parametrization).movedim(-1, self.contracted_dim)
+
+
+def attach(targets: Iterable[MaskTarget], state: MaskState, logits: dict[str, Tensor]) -> dict[str, WeightMask]:
+    """Put a mask over every target. `logits[name]` starts it (`maskllm.gumbel.prior_logits`). Freezes the masked weights.
+
+    Raises MaskError where M does not divide a contracted dimension or logits have the wrong shape.
+    """
+    masks: dict[str, WeightMask] = {}
+    for layer, target in enumerate(targets):
+        weight = getattr(target.module, target.parameter_name)
+        state.pattern.check_divides(weight.shape[target.contracted_dim], target.name)
+        mask = WeightMask(state, logits[target.name].to(weight.device), layer, target.contracted_dim)
+        weight.requires_grad_(False)
+        parametrize.register_parametrization(target.module, target.parameter_name, mask, unsafe=True)
+        masks[target.name] = mask
+    return masks
+
+
+def detach(targets: Iterable[MaskTarget]) -> None:
+    """Take the masks away; every weight is again exactly what it was."""
+    for target in targets:
+        if parametrize.is_parametrized(target.module, target.parameter_name):
+            parametrize.remove_parametrizations(target.module, target.parameter_name, leave_parametrized=False)
+
+
+def logits_shape(weight: Tensor, contracted_dim: int, pattern: Pattern, parametrization: Parametrization) -> tuple[int, ...]:
+    """Shape of the logits that belong to a weight."""
+    moved = weight.movedim(contracted_dim, -1)
+    return (*moved.shape[:-1], moved.shape[-1] // pattern.m, logit_width(pattern, parametrization))

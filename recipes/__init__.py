@@ -1,0 +1,1 @@
+"""Recipes that run as they stand; `compress recipes ls` lists them."""
