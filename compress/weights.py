@@ -49,7 +49,7 @@ class WeightRef:
     role: str
     contracted_dim: int
     layer: int | None
-    _rows: slice = field(default=slice(None), repr=False)  # which rows of the slice's [out, in] matrix: a half of a gate_up
+    _rows: slice = field(default_factory=lambda: slice(None), repr=False)  # which rows of the slice's [out, in] matrix: a half of a gate_up
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -66,15 +66,21 @@ class WeightRef:
 
     def whole(self) -> Tensor:
         """The matrix a product with the parameter (with this expert's slice of it) uses: `[out, in]`, gate and up together."""
-        matrix = self.parameter.detach()
-        if matrix.dim() == 3:
-            assert self.expert is not None
-            matrix = matrix[self.expert]
-        return matrix if self.contracted_dim == -1 else matrix.T
+        return self._matrix(self.parameter.detach())
 
     def view(self) -> Tensor:
         """This matrix, `[out, in]`: detached, in the memory of the parameter (often strided), so writing to it alters the model."""
         return self.whole()[self._rows]
+
+    def slice_of(self, tensor: Tensor) -> Tensor:
+        """This matrix's part of any tensor of the parameter's shape (its mask, a copy of it): a view, `[out, in]`."""
+        return self._matrix(tensor)[self._rows]
+
+    def _matrix(self, tensor: Tensor) -> Tensor:
+        if tensor.dim() == 3:
+            assert self.expert is not None
+            tensor = tensor[self.expert]
+        return tensor if self.contracted_dim == -1 else tensor.T
 
     @property
     def shape(self) -> tuple[int, int]:

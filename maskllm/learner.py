@@ -132,6 +132,12 @@ class Learner:
         """The masks the logits stand for now, bool, on the CPU."""
         return {name: mask.hard().cpu() for name, mask in self.weights.items()}
 
+    @contextmanager
+    def final(self) -> Iterator[None]:
+        """Within it the model computes with the masks the logits stand for now, made once: for measuring amid training."""
+        with self.state.using("final"), torch.no_grad(), parametrize.cached():
+            yield
+
     def flipped(self) -> dict[str, tuple[int, int]]:
         """Groups of each weight that differ from the prior now, and how many there are."""
         counts = {}
@@ -209,7 +215,7 @@ class Learner:
         s = self.settings
         teacher = None
         if s.kl_weight:
-            with torch.no_grad(), self.state.dense(), self._precision():
+            with torch.no_grad(), self.state.using("dense"), self._precision():
                 teacher = self._forward(ids)
         with self._precision(), parametrize.cached() if self._cached else _nothing():
             student = self._forward(ids)

@@ -5,7 +5,7 @@ changed, and `detach` takes the mask away again and leaves the original weight. 
 fused 3-D expert parameters of mixture-of-experts layers.
 
 Every mask of a network reads one `MaskState`, which the training loop moves: the step, the micro-batch, temperature, scale, and
-whether masks act at all (switched off, the same network is its own dense teacher).
+whether masks act at all (in dense mode the same network is its own teacher).
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from compress_kernels.gumbel import Draw, stream_key
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from maskllm.gumbel import Parametrization, hard_mask, logit_width, soft_masked_weight
+from maskllm.gumbel import Parametrization, hard_mask, soft_masked_weight
 from maskllm.patterns import Pattern
 
 
@@ -35,7 +36,11 @@ class MaskTarget:
 
 @dataclass
 class MaskState:
-    """What all masks of one network share. `noise` adds Gumbel noise; `hard` is straight-through; `penalised` also sums w'^2."""
+    """What all masks of one network share.
+
+    noise adds Gumbel noise; hard is straight-through; penalised also sums w'^2. mode: `soft` draws masks to learn from, `final`
+    multiplies by the mask the logits stand for now, `dense` computes with the original weights.
+    """
 
     pattern: Pattern
     parametrization: Parametrization
@@ -43,20 +48,20 @@ class MaskState:
     noise: bool = True
     hard: bool = False
     penalised: bool = False
-    enabled: bool = True
+    mode: Literal["soft", "final", "dense"] = "soft"
     tau: float = 4.0
     kappa: float = 100.0
     step: int = 0
     micro_batch: int = 0
 
     @contextmanager
-    def dense(self) -> Iterator[None]:
-        """Within it the network computes with its original weights."""
-        self.enabled = False
+    def using(self, mode: Literal["soft", "final", "dense"]) -> Iterator[None]:
+        """Within it the network computes in another mode."""
+        before, self.mode = self.mode, mode
         try:
             yield
         finally:
-            self.enabled = True
+            self.mode = before
 
 
 class WeightMask(nn.Module):
@@ -71,8 +76,10 @@ class WeightMask(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         state = self.state
-        if not state.enabled:
+        if state.mode == "dense":
             return weight
+        if state.mode == "final":
+            return weight * self.hard()
         key = stream_key(state.seed, state.step, state.micro_batch, self.layer) if state.noise else None
         draw = Draw(tau=state.tau, kappa=state.kappa, noise_key=key, hard=state.hard)
         device = weight.device.type
@@ -118,8 +125,3 @@ def detach(targets: Iterable[MaskTarget]) -> None:
         if parametrize.is_parametrized(target.module, target.parameter_name):
             parametrize.remove_parametrizations(target.module, target.parameter_name, leave_parametrized=False)
 
-
-def logits_shape(weight: Tensor, contracted_dim: int, pattern: Pattern, parametrization: Parametrization) -> tuple[int, ...]:
-    """Shape of the logits that belong to a weight."""
-    moved = weight.movedim(contracted_dim, -1)
-    return (*moved.shape[:-1], moved.shape[-1] // pattern.m, logit_width(pattern, parametrization))

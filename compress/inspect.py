@@ -1,0 +1,111 @@
+"""What a checkpoint holds, tensor by tensor: shapes, types, bytes, zeros, and the N:M pattern that the zeros satisfy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from maskllm.errors import MaskError
+from maskllm.patterns import Pattern
+from maskllm.storage import group_counts, load_masks, npz_arrays
+from torch import Tensor
+
+from compress.checkpoint import Checkpoint, checkpoint_files, read_header
+from compress.errors import UsageError
+from compress.verify import nonzeros
+
+# Tightest first: the first one that holds is reported.
+PATTERNS = tuple(Pattern.parse(p) for p in ("1:8", "1:4", "2:8", "2:4", "4:8", "6:8"))
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """One tensor. bits: stored bits a weight. sparsity: share of zeros. pattern: the tightest found, with its dimension, or "dense"."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    bits: float
+    sparsity: float
+    pattern: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def inspect_checkpoint(path: Path) -> Iterator[TensorRow]:
+    """Rows of a checkpoint folder, a .safetensors file, a mask file, a .gguf file or a published MaskLLM .npz, one tensor in memory at a time.
+
+    Raises UsageError when it is none of them.
+    """
+    if path.suffix == ".npz":
+        yield from _npz(path)
+    elif path.suffix == ".gguf":
+        yield from _gguf(path)
+    elif path.is_file() and read_header(path)[0].get("pattern"):
+        yield from _mask_file(path)
+    elif path.is_dir() and (path / "mask.safetensors").is_file() and not any(path.glob("model*.safetensors")):
+        yield from _mask_file(path / "mask.safetensors")
+    else:
+        checkpoint_files(path)
+        checkpoint = Checkpoint(path)
+        for name, info in checkpoint.tensors.items():
+            tensor = checkpoint.read(name)
+            sparsity, pattern = describe(tensor)
+            yield TensorRow(name, info.shape, info.dtype, info.nbytes, 8 * info.nbytes / max(info.numel, 1), sparsity, pattern)
+
+
+def describe(tensor: Tensor) -> tuple[float, str]:
+    """Share of zeros, and the tightest pattern of `PATTERNS` along the last or the last but one dimension ("" for vectors)."""
+    kept = nonzeros(tensor)
+    sparsity = 1 - int(kept.sum()) / max(kept.numel(), 1)
+    if tensor.dim() < 2:
+        return sparsity, ""
+    for pattern in PATTERNS:
+        for dim in (-1, -2):
+            if tensor.shape[dim] % pattern.m == 0 and 1 - sparsity <= pattern.n / pattern.m:
+                counts = group_counts(kept, pattern.m, dim)
+                if int(counts.max()) <= pattern.n:
+                    return sparsity, f"{pattern}" + ("" if dim == -1 else " along -2")
+    return sparsity, "dense"
+
+
+def _mask_file(path: Path) -> Iterator[TensorRow]:
+    try:
+        file = load_masks(path)
+    except MaskError as error:
+        raise UsageError(str(error)) from error
+    sizes = read_header(path)[1]
+    for name, mask in file.masks.items():
+        nbytes = sizes[name].nbytes
+        sparsity = 1 - int(mask.sum()) / mask.numel()
+        along = "" if file.contracted[name] == -1 else f" along {file.contracted[name]}"
+        yield TensorRow(name, tuple(mask.shape), "mask", nbytes, 8 * nbytes / mask.numel(), sparsity, f"{file.pattern}{along}")
+
+
+def _npz(path: Path) -> Iterator[TensorRow]:
+    for name, packed in npz_arrays(path):
+        bits = torch.from_numpy(packed)
+        mask = ((bits.unsqueeze(-1) >> torch.arange(7, -1, -1)) & 1).flatten()  # shapes are not stored: groups of the flat weight
+        sparsity, pattern = describe(mask.view(1, -1))
+        yield TensorRow(name, tuple(mask.shape), "mask", packed.nbytes, 1.0, sparsity, pattern)
+
+
+def _gguf(path: Path) -> Iterator[TensorRow]:
+    import importlib.util
+
+    if importlib.util.find_spec("gguf") is None:
+        raise UsageError("reading a GGUF file needs the package gguf: pip install 'maskllm-compress[gguf]'")
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    for entry in GGUFReader(path).tensors:
+        values = torch.from_numpy(dequantize(entry.data, entry.tensor_type).copy())
+        sparsity, pattern = describe(values)
+        nbytes = int(entry.n_bytes)
+        yield TensorRow(entry.name, tuple(values.shape), entry.tensor_type.name, nbytes, 8 * nbytes / values.numel(), sparsity, pattern)

@@ -1,0 +1,207 @@
+"""Load a model with its tokenizer: from the hub, a folder, a GGUF file or the embedded assets."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from compress.assets import asset_path, is_asset
+from compress.errors import CompressError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES: dict[str, torch.dtype | str] = {
+    "auto": "auto",
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass
+class LoadedModel:
+    """A causal language model in evaluation mode. `folder` is its local folder when it has one, `gguf_file` the file in it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    folder: Path | None = None
+    gguf_file: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is: `location` is what transformers' `from_pretrained` takes (a folder or a hub name)."""
+
+    location: str
+    folder: Path | None
+    gguf_file: str | None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What `from_pretrained` needs besides the location."""
+        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
+
+def resolve_source(source: str) -> Source:
+    """Find `asset:NAME`, a .gguf file, a folder (with config.json, or with one .gguf file) or else a hub name.
+
+    Raises UsageError for a path that is not there and for a folder that holds no model.
+    """
+    if is_asset(source):
+        path = asset_path(source)
+        if not path.is_dir():
+            raise UsageError(f"{source} is a text, not a model")
+        return Source(str(path), path, None)
+    path = Path(source).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UsageError(f"{source} is a file, but no .gguf; give the folder of the model")
+        return _gguf(path)
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return Source(str(path), path, None)
+        files = sorted(path.glob("*.gguf"))
+        if len(files) == 1:
+            return _gguf(files[0])
+        if files:
+            raise UsageError(f"{source} holds several .gguf files; name one: {', '.join(f.name for f in files)}")
+        found = ", ".join(sorted(item.name for item in path.iterdir())[:8]) or "nothing"
+        raise UsageError(f"{source} is not the folder of a model: it has no config.json and no .gguf file (it holds: {found})")
+    if source.startswith(("/", "./", "../", "~")) or source.count("/") > 1 or source.endswith(".gguf"):
+        raise UsageError(f"there is no model at {source} (looked in {Path.cwd()})")
+    return Source(source, None, None)
+
+
+def _gguf(file: Path) -> Source:
+    if importlib.util.find_spec("gguf") is None:
+        raise UsageError(f"reading {file.name} needs the package gguf: pip install 'maskllm-compress[gguf]'")
+    return Source(str(file.parent), file.parent, file.name)
+
+
+def load_model(
+    source: str, *, dtype: str = "auto", device: str = "cpu", revision: str | None = None, trust_remote_code: bool = False
+) -> LoadedModel:
+    """Load model and tokenizer.
+
+    source: see `resolve_source`. dtype: "auto" is the checkpoint's own; a GGUF file is dequantised, to float32 unless another is
+    asked for. device: "auto" is a GPU where there is one. Raises UsageError for whatever is wrong with the source.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is not known; one of {', '.join(DTYPES)}")
+    found = resolve_source(source)
+    options: dict[str, Any] = {"dtype": DTYPES[dtype], "revision": revision, "trust_remote_code": trust_remote_code}
+    if found.gguf_file:
+        from transformers import GgufConfig
+
+        options["quantization_config"] = GgufConfig(dequantize=True)
+        options["dtype"] = torch.float32 if dtype == "auto" else DTYPES[dtype]
+    with _explained(source), _quiet():
+        model = AutoModelForCausalLM.from_pretrained(found.location, **found.arguments, **options)
+        tokenizer = load_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code)
+        if found.gguf_file:
+            _forget_quantization(model)
+        model.to(pick_device(device)).eval()
+    return LoadedModel(model, tokenizer, source, found.folder, found.gguf_file)
+
+
+def _forget_quantization(model: PreTrainedModel) -> None:
+    """A dequantised GGUF model is an ordinary one; what transformers remembers of the file would keep it from being saved as such."""
+    for owner, names in ((model, ("hf_quantizer", "is_quantized", "quantization_method")), (model.config, ("quantization_config",))):
+        for name in names:
+            if name in vars(owner):
+                delattr(owner, name)
+
+
+def load_tokenizer(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a source. Raises UsageError when it has none."""
+    from transformers import AutoTokenizer
+
+    found = resolve_source(source)
+    with _explained(source), _quiet():
+        return AutoTokenizer.from_pretrained(found.location, **found.arguments, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def meta_model(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model without its weights (on the meta device), from its configuration alone: names, shapes and types for a plan."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    found = resolve_source(source)
+    with _explained(source), _quiet():
+        config = AutoConfig.from_pretrained(found.location, **found.arguments, revision=revision, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model.tie_weights()
+        return model
+
+
+def pick_device(device: str) -> torch.device:
+    """ "auto" is cuda, else mps, else cpu. Raises UsageError for a device that is not there."""
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return torch.device(device)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """sha256 over names, shapes, types and bytes of all parameters, whatever masks hang over them."""
+    total = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if name.endswith(".logits"):
+            continue
+        plain = name.replace("parametrizations.", "").removesuffix(".original")
+        total.update(f"{plain} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+        total.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+@contextmanager
+def _explained(source: str) -> Iterator[None]:
+    """Turn what transformers and the hub raise for a bad source into one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        place = resolve_source(source)
+        if place.folder is not None:
+            raise UsageError(f"{source} cannot be loaded: {first}") from error
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise UsageError(
+            f"{source} is no local path, and the hub does not give it{offline}: {first} "
+            "Check the name and the network, or give a local folder."
+        ) from error
+    except RuntimeError as error:
+        raise CompressError(f"{source} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and advice; errors still raise."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

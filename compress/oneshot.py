@@ -1,0 +1,83 @@
+"""`compress prune`: one-shot pruning from a model source to a checkpoint or a mask file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from maskllm.patterns import Pattern
+from maskllm.storage import mask_digest, save_masks, save_npz
+
+from compress import __version__, console
+from compress.data import TokenBlocks, tokenize
+from compress.errors import UsageError
+from compress.export.dense import export_dense
+from compress.models import fingerprint, load_model
+from compress.prune import Method, prune_one_shot
+from compress.text import TextSource
+from compress.weights import by_parameter, find_weights
+
+
+def run_one_shot(
+    source: str,
+    out: Path,
+    *,
+    method: Method,
+    update_weights: bool,
+    pattern: str,
+    data: str,
+    samples: int,
+    seqlen: int | None,
+    include: list[str],
+    exclude: list[str],
+    dtype: str,
+    device: str,
+    seed: int,
+) -> dict[str, Any]:
+    """Prune the model at `source` and write `out`: a mask file by its suffix, else a checkpoint folder. Returns what was done."""
+    n_m = Pattern.parse(pattern)
+    with console.log.status(f"loading {source}"):
+        loaded = load_model(source, dtype=dtype, device=device)
+    refs = find_weights(loaded.model, include, exclude)
+    parameters = by_parameter(refs)
+    batches = []
+    if method != "magnitude":
+        positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or 512
+        length = seqlen or min(512, positions)
+        if length > positions:
+            raise UsageError(f"--seqlen {length} is beyond the {positions} positions of {source}")
+        blocks = TokenBlocks(tokenize(calibration_text(data), loaded.tokenizer, None), length, seed)
+        if samples > len(blocks):
+            raise UsageError(f"--samples is {samples}, but {data} holds only {len(blocks)} sequences of {length} tokens")
+        batches = list(blocks.batch(0, samples).split(8))
+    with console.task(method, max((r.layer or 0) for r in refs) + 1) as bar:
+        pruned = prune_one_shot(
+            loaded.model, refs, n_m, method, batches, progress=lambda done, total: bar.update(done, "blocks", total)
+        )
+    contracted = {p.name: p.contracted_dim for p in parameters}
+    description = f"{method}, one shot" + (", weights updated" if update_weights else "")
+    if out.suffix == ".npz":
+        save_npz(out, pruned.masks)
+    elif out.suffix == ".safetensors":
+        metadata = {"method": description, "model": source, "model_fingerprint": fingerprint(loaded.model), "tool": f"maskllm-compress {__version__}"}
+        save_masks(out, pruned.masks, n_m, contracted, metadata)
+    else:
+        export_dense(
+            loaded, pruned.masks, out, pattern=n_m, contracted=contracted, weights=pruned.weights if update_weights else None
+        )
+    return {
+        "out": str(out),
+        "method": description,
+        "pattern": pattern,
+        "matrices": len(refs),
+        "starved": pruned.starved,
+        "mask_sha256": mask_digest(pruned.masks),
+    }
+
+
+def calibration_text(data: str) -> TextSource:
+    """`--data`: a local path or asset, else a hub data set as DATASET[:CONFIG[:SPLIT[:FIELD]]]."""
+    if data.startswith("asset:") or Path(data).exists() or "*" in data:
+        return TextSource(path=data)
+    dataset, config, split, field = (data.split(":") + [""] * 4)[:4]
+    return TextSource(dataset=dataset, name=config or None, split=split or "train", field=field or "text", streaming=True, documents=4096)

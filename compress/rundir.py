@@ -1,0 +1,120 @@
+"""A run directory: what a run was asked to do, what it measured, its checkpoints and its result.
+
+    recipe.yaml      the recipe with every default filled in
+    metrics.jsonl    one JSON object a training step or measurement
+    state/           checkpoints, and what is already known before training (prior mask, baselines)
+    mask.safetensors, summary.json, report.html    the result, there only when the run is complete
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compress.errors import UsageError
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The files of one run."""
+
+    path: Path
+
+    @classmethod
+    def open(cls, path: Path, recipe_text: str, resume: bool) -> RunDir:
+        """Start a run in a new or empty folder, or continue the one that is there.
+
+        Raises UsageError when there is a run and `resume` is not set, none and it is, or the run there has another recipe.
+        """
+        run = cls(path)
+        if run.recipe.exists():
+            if not resume:
+                raise UsageError(f"{path} already holds a run; continue it with --resume, or choose another --out")
+            _same_recipe(run.recipe.read_text(encoding="utf-8"), recipe_text, path)
+        elif resume:
+            raise UsageError(f"{path} holds no run to resume; start it without --resume")
+        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UsageError(f"{path} is not an empty folder; choose another --out")
+        path.mkdir(parents=True, exist_ok=True)
+        run.state.mkdir(exist_ok=True)
+        if not run.recipe.exists():
+            write_atomic(run.recipe, recipe_text)
+        return run
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def state(self) -> Path:
+        return self.path / "state"
+
+    @property
+    def mask(self) -> Path:
+        return self.path / "mask.safetensors"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    def append_metric(self, record: dict[str, Any]) -> None:
+        """Add one line to metrics.jsonl."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All complete lines of metrics.jsonl; one cut off by a kill is left out."""
+        if not self.metrics.exists():
+            return []
+        text = self.metrics.read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop what was recorded after `step`: those steps run again."""
+        kept = [r for r in self.read_metrics() if r["step"] <= step]
+        write_atomic(self.metrics, "".join(json.dumps(r) + "\n" for r in kept))
+
+    def known(self, name: str) -> Any:
+        """What `know` saved under a name, or None."""
+        file = self.state / f"{name}.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+    def know(self, name: str, value: Any) -> None:
+        """Save a JSON value that a resumed run need not find out again."""
+        write_atomic(self.state / f"{name}.json", json.dumps(value, indent=1))
+
+    def resume_command(self, recipe: str, overrides: list[str]) -> str:
+        """The command line that continues this run."""
+        return shlex.join(["compress", "learn-mask", recipe, *overrides, "--out", str(self.path), "--resume"])
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file under a temporary name, flush it and rename it: under its own name it is whole or not there."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _same_recipe(before: str, now: str, path: Path) -> None:
+    if before == now:
+        return
+    changed = [line.strip() for line in now.splitlines() if line not in before.splitlines()]
+    raise UsageError(
+        f"the run in {path} was started with another recipe; differs here: {'; '.join(changed[:5]) or 'keys were removed'}. "
+        "Resume it with its own recipe, or choose another --out"
+    )
