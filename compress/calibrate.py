@@ -117,10 +117,7 @@ class InputCapture(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _PRODUCTS:
             first, names = _PRODUCTS[func]
-            left, right = (
-                args[first + i] if first + i < len(args) else kwargs.get(name, kwargs.get("tensor2" if i else "tensor1"))
-                for i, name in enumerate(names)
-            )
+            left, right = (args[first + i] if first + i < len(args) else kwargs.get(name) for i, name in enumerate(names))
             if isinstance(left, Tensor) and isinstance(right, Tensor):
                 if func is torch.Tensor.__rmatmul__:
                     left, right = right, left

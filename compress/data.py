@@ -86,7 +86,7 @@ def _token_stream(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> Ite
     def flush() -> IntArray:
         ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         parts = [
-            np.asarray(row + [eos] if end and eos is not None else row, dtype=np.int32)
+            np.asarray([*row, eos] if end and eos is not None else row, dtype=np.int32)
             for row, end in zip(ids, ends, strict=True)
         ]
         return np.concatenate(parts)

@@ -1,9 +1,9 @@
 """Perplexity by the literature's exact protocol, and divergence from a reference model.
 
-The protocol is that of GPTQ, SparseGPT, Wanda and MaskLLM: the whole text is tokenised at once, cut into non-overlapping windows
-of `seqlen` tokens (what is left at the end is dropped), each window is scored on its own, and the perplexity is the exponential of
-the mean negative log-likelihood of the `seqlen - 1` predicted tokens of all windows. Papers differ in `seqlen` and in whether a
-BOS token stands in front, so a result states both.
+The protocol is that of GPTQ, SparseGPT, Wanda and MaskLLM: the whole text is tokenised at once and cut into non-overlapping
+windows of `seqlen` tokens (what is left at the end is dropped), each window is scored on its own, and the perplexity is the
+exponential of the mean negative log-likelihood of the `seqlen - 1` predicted tokens of all windows. Papers differ in `seqlen` and
+in whether a BOS token stands in front, so a result states both.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEFAULT_TEXT = "asset:wikitext2-test"
+DEFAULT_SEQLEN = 2048
 WIKITEXT = ("wikitext", "wikitext2")  # short for the hub's Salesforce/wikitext:wikitext-2-raw-v1:test:text
 Bos = Literal["auto", "none", "every"]
 Progress = Callable[[int, int, float], None]  # windows done, windows in all, perplexity so far
@@ -114,7 +115,7 @@ def evaluation_text(data: str | None = None) -> EvalText:
         if named.endswith(tuple(suffix for suffix in SUFFIXES if suffix != ".txt")):
             return _checked("\n\n".join(iter_documents(TextSource(path=data))), data)
         return _checked(read_plain(path), data)
-    if data.startswith(("/", "./", "../", "~")) and not path.is_dir() or named.endswith(SUFFIXES):
+    if (data.startswith(("/", "./", "../", "~")) and not path.is_dir()) or named.endswith(SUFFIXES):
         raise UsageError(f"there is no file {data} (looked in {Path.cwd()})")
     source = _hub_source(data)
     return _checked("\n\n".join(iter_documents(source)), f"{source.label}:{source.field}")
@@ -141,7 +142,7 @@ def perplexity(
     tokenizer: PreTrainedTokenizerBase,
     text: EvalText | str,
     *,
-    seqlen: int = 2048,
+    seqlen: int | None = None,
     limit: int | None = None,
     bos: Bos = "auto",
     batch_size: int = 1,
@@ -150,7 +151,8 @@ def perplexity(
 ) -> Perplexity:
     """Perplexity of a causal language model on a text, by the protocol at the top of this module.
 
-    seqlen: tokens in a window. limit: score the first so many windows only.
+    seqlen: tokens in a window; None is 2048, or all positions of a model that has fewer.
+    limit: score the first so many windows only.
     bos: "auto" tokenises as the tokenizer does by itself, which for some puts BOS in front of the whole text; "none" adds no
         special token; "every" makes each window BOS and `seqlen - 1` tokens of the text, all of which are predicted.
     batch_size: windows in a forward pass. reference: a model with the same vocabulary to compare with.
@@ -161,6 +163,10 @@ def perplexity(
     finite.
     """
     text = EvalText.of(text) if isinstance(text, str) else text
+    if seqlen is None:
+        seqlen = min(
+            DEFAULT_SEQLEN, *(_positions(scored) or DEFAULT_SEQLEN for scored in (model, reference) if scored is not None)
+        )
     if seqlen < 2:
         raise UsageError(f"the sequence length is {seqlen}; it must be at least 2")
     if limit is not None and limit < 1:
@@ -168,7 +174,7 @@ def perplexity(
     for scored in (model, reference):
         if scored is not None:
             _check_length(scored, seqlen)
-    windows, stated = _windows(tokenizer, text, seqlen, bos)  # [windows, seqlen]
+    windows, stated = token_windows(tokenizer, text, seqlen, bos)  # [windows, seqlen]
     windows = windows[:limit]
     _check_vocabulary(model, windows)
     began = time.perf_counter()
@@ -226,8 +232,11 @@ def _protocol(seqlen: int, bos: str, windows: int) -> str:
 # --- from text to windows
 
 
-def _windows(tokenizer: PreTrainedTokenizerBase, text: EvalText, seqlen: int, bos: Bos) -> tuple[Tensor, str]:
-    """Windows int64 `[windows, seqlen]` and what is said about BOS."""
+def token_windows(tokenizer: PreTrainedTokenizerBase, text: EvalText, seqlen: int, bos: Bos) -> tuple[Tensor, str]:
+    """All windows of a text, int64 `[windows, seqlen]`, and what is said about BOS: "none", "once" or "every window".
+
+    Raises UsageError for a text of less than one window, and for bos "every" when the tokenizer has no BOS.
+    """
     if bos == "auto":
         ids, stated, front = _ids(tokenizer, text.text, True), "once" if _adds_in_front(tokenizer) else "none", 0
     elif bos == "none":
@@ -242,7 +251,8 @@ def _windows(tokenizer: PreTrainedTokenizerBase, text: EvalText, seqlen: int, bo
     count = len(ids) // length
     if count == 0:
         raise UsageError(
-            f"{text.label} has {len(ids):,} tokens and one window needs {length:,}; give a longer text or a smaller sequence length"
+            f"{text.label} has {len(ids):,} tokens and one window needs {length:,}; "
+            "give a longer text or a smaller sequence length"
         )
     windows = torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
     if front:
@@ -286,9 +296,10 @@ def _score(
                 # One window at a time: logits[row, :-1] is a view, where flattening the batch would copy it.
                 sums = _window_sums(logits[row, :-1], ids[1:], None if other is None else other[row, :-1])
                 if not all(map(math.isfinite, sums)):
+                    what = "divergence from the reference" if math.isfinite(sums[0]) else "output of the model"
                     raise CompressError(
-                        f"the output of the model{'' if math.isfinite(sums[0]) or other is None else ' or the reference'} is not finite "
-                        f"(NaN or infinity) in window {start + row}; its weights are damaged, or its dtype overflows: try float32"
+                        f"the {what} is not finite (NaN or infinity) in window {start + row}; "
+                        "weights are damaged, or the dtype overflows: try float32"
                     )
                 window_nlls.append(sums[0] / predicted)
                 kl += sums[1]
@@ -330,8 +341,8 @@ def _input_device(model: nn.Module) -> torch.device:
     return _embedding(model).weight.device
 
 
-def _embedding(model: nn.Module) -> nn.Module:
-    return model.get_input_embeddings()  # type: ignore[operator]
+def _embedding(model: Any) -> nn.Embedding:
+    return model.get_input_embeddings()
 
 
 def _floating_parameter(model: nn.Module) -> Tensor:
@@ -339,9 +350,14 @@ def _floating_parameter(model: nn.Module) -> Tensor:
     return next((p for p in model.parameters() if p.is_floating_point()), _embedding(model).weight)
 
 
-def _check_length(model: nn.Module, seqlen: int) -> None:
+def _positions(model: nn.Module) -> int | None:
+    """The longest sequence the configuration allows, None where it states no bound."""
     config: Any = model.config
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def _check_length(model: nn.Module, seqlen: int) -> None:
+    limit = _positions(model)
     if limit is not None and seqlen > limit:
         raise UsageError(
             f"windows of {seqlen:,} tokens are longer than the {limit:,} positions of this model; use --seqlen {limit}"

@@ -27,6 +27,8 @@ DTYPES: dict[str, torch.dtype | str] = {
     "float16": torch.float16,
 }
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
 
 @dataclass
 class LoadedModel:
@@ -108,13 +110,26 @@ def load_model(
 
         options["quantization_config"] = GgufConfig(dequantize=True)
         options["dtype"] = torch.float32 if dtype == "auto" else DTYPES[dtype]
+    # Weights of the wrong shape are let through here because `_check_complete` can name them and transformers only logs them.
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     with _explained(source), _quiet():
-        model = AutoModelForCausalLM.from_pretrained(found.location, **found.arguments, **options)
+        model, report = AutoModelForCausalLM.from_pretrained(found.location, **found.arguments, **options)
+        _check_complete(source, report)
         tokenizer = load_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code)
         if found.gguf_file:
             _forget_quantization(model)
         model.to(pick_device(device)).eval()
     return LoadedModel(model, tokenizer, source, found.folder, found.gguf_file)
+
+
+def _check_complete(source: str, report: dict[str, Any]) -> None:
+    """Refuse a checkpoint that lacks weights of its model: transformers would fill them with random numbers and go on."""
+    missing = sorted(report.get("missing_keys") or ())
+    mismatched = sorted(str(key[0]) if isinstance(key, (tuple, list)) else str(key) for key in report.get("mismatched_keys") or ())
+    for names, fault in ((missing, "are missing"), (mismatched, "have another shape than config.json says")):
+        if names:
+            shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+            raise UsageError(f"{source} is not a whole checkpoint: {len(names)} of its model's weights {fault} ({shown})")
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:
@@ -130,6 +145,8 @@ def load_tokenizer(source: str, *, revision: str | None = None, trust_remote_cod
     from transformers import AutoTokenizer
 
     found = resolve_source(source)
+    if found.folder is not None and not found.gguf_file and not any((found.folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise UsageError(f"{source} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)}; copy those of the original model there")
     with _explained(source), _quiet():
         return AutoTokenizer.from_pretrained(found.location, **found.arguments, revision=revision, trust_remote_code=trust_remote_code)
 

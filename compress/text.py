@@ -260,13 +260,9 @@ def _from_dataset(source: TextSource) -> Iterator[str]:
 
 
 def _rows(rows: Any, source: TextSource, begin: int) -> Iterator[str]:
-    iterator = iter(rows)
-    for index in range(begin, sys.maxsize):
-        with _dataset_errors(source):
-            row = next(iterator, None)
-        if row is None:
-            return
-        yield _text_of(row, source.field, f"{source.label}, record {index}")
+    with _dataset_errors(source):  # a stream meets the network as it is read
+        for index, row in enumerate(rows, begin):
+            yield _text_of(row, source.field, f"{source.label}, record {index}")
 
 
 def _load_dataset(source: TextSource) -> Any:
@@ -290,26 +286,23 @@ def _load_dataset(source: TextSource) -> Any:
 @contextlib.contextmanager
 def _dataset_errors(source: TextSource) -> Iterator[None]:
     """Turn what `datasets` raises for a wrong name, configuration or split, damaged data or no network into UsageError."""
-    import httpx
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
 
-    name = source.dataset
+    # The hub's HTTP client differs between versions of huggingface_hub; the base of its own error is that client's HTTPError.
+    http_errors = HfHubHTTPError.__bases__
     try:
         yield
-    except (ConnectionError, TimeoutError, httpx.TransportError) as error:
-        raise UsageError(
-            f"dataset {name} cannot be reached ({_first_line(error)}); check the name and the network, or give a local file with `path:`"
-        ) from error
-    except (DatasetsError, HfHubHTTPError, OSError, ValueError) as error:
-        raise UsageError(
-            f"dataset {source.label} cannot be loaded: {_first_line(error)}; check its name, configuration (`name:`) and `split:`, "
-            "or give a local file with `path:`"
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    except (DatasetsError, OSError, ValueError, *http_errors) as error:
+        answered = isinstance(error, (DatasetsError, HfHubHTTPError, ValueError)) or (
+            isinstance(error, OSError) and not isinstance(error, (ConnectionError, TimeoutError))
+        )
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if answered:
+            message = f"dataset {source.label} cannot be loaded: {reason}; check its name, configuration (`name:`) and `split:`"
+        else:
+            message = f"dataset {source.dataset} cannot be reached ({reason}); check the name and the network"
+        raise UsageError(f"{message}, or give a local file with `path:`") from error
 
 
 @contextlib.contextmanager

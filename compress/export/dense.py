@@ -1,34 +1,35 @@
 """`--format dense`: an ordinary checkpoint whose masked weights are exact zeros.
 
 Original names, shapes and types, the config.json of the original without any quantization_config: what transformers, vLLM,
-SGLang and llama.cpp's converter load, and torchao packs online.
+SGLang and llama.cpp's converter load, and torchao packs online. All that is not masked is copied from the source's files, not
+from the model in memory, so nothing that loading rounds or leaves out is lost.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from maskllm.patterns import Pattern
-from maskllm.storage import mask_digest
 from torch import Tensor
 
 from compress import __version__
-from compress.checkpoint import SIDECAR_NAME, Checkpoint, as_stored, companion_files, stored_name
-from compress.errors import UsageError, VerificationError
+from compress.checkpoint import INDEX_NAME, SIDECAR_NAME, Checkpoint, as_stored, companion_files, read_json, stored_name
+from compress.errors import UsageError
 from compress.export.card import write_card
+from compress.export.folder import output_folder
 from compress.verify import Report, masked, stored_dim, verify_against, verify_checkpoint
+from maskllm.patterns import Pattern
+from maskllm.safefile import DTYPES, Entry, write_safetensors
+from maskllm.storage import mask_digest
 
 if TYPE_CHECKING:
     from compress.models import LoadedModel
-
-_TYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def export_dense(
@@ -55,71 +56,143 @@ def export_dense(
     for name, mask in masks.items():
         if name not in parameters or parameters[name].shape != mask.shape:
             raise UsageError(f"the mask of {name} {list(mask.shape)} does not belong to {loaded.source}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
-        raise UsageError(f"{out} exists; choose another --out, or --overwrite it")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    originals = {name: parameters[name].detach().clone() for name in masks}
-    stored_types = _stored_types(loaded)
-    try:
-        with torch.no_grad():
-            for name, mask in masks.items():
-                value = masked(originals[name], mask)
-                if weights is not None:
-                    # Rounded to the type it is stored in, so that the proof below can ask for equality.
-                    value = masked(weights[name].to(stored_types.get(name, value.dtype)).to(value), mask)
-                parameters[name].copy_(value)
-        _save(loaded, partial, stored_types)
+    source = _source_checkpoint(loaded)
+    source_folder = None if loaded.gguf_file else loaded.folder
+    with output_folder(out, overwrite=overwrite, source=source_folder) as partial, _replaced(loaded, source, masks, weights):
+        if source is not None:
+            _write_from_source(loaded, source, masks, partial)
+        else:
+            _write_from_model(loaded, masks, partial)
         _sidecar(loaded, partial, masks, pattern, contracted, weights is not None)
-        reports = [verify_checkpoint(partial, pattern)]
-        if weights is not None:
-            reports.append(verify_against(partial, {}, loaded))
-    finally:
-        with torch.no_grad():
-            for name, value in originals.items():
-                parameters[name].copy_(value)
-    if weights is None:
-        reports.append(verify_against(partial, masks, loaded, pattern=pattern, contracted=contracted))
-    for report in reports:
-        report.raise_if_bad()
-    write_card(partial, loaded, pattern, masks, recipe_text=recipe_text, metrics=metrics, updated=weights is not None)
-    if out.exists():
-        shutil.rmtree(out)
-    os.replace(partial, out)
+        reports = [
+            verify_checkpoint(partial, pattern),
+            verify_against(partial, masks, loaded, pattern=pattern, contracted=contracted),
+        ]
+        for report in reports:
+            report.raise_if_bad()
+            report.claim = report.claim.replace(str(partial), str(out))
+        write_card(partial, loaded, pattern, masks, recipe_text=recipe_text, metrics=metrics, updated=weights is not None)
     return reports
 
 
-def _stored_types(loaded: LoadedModel) -> dict[str, torch.dtype]:
-    """The type each parameter has in its source checkpoint; empty where there is none (GGUF) and the loaded type is kept."""
-    if loaded.folder is None or loaded.gguf_file:
-        return {}
-    source = Checkpoint(loaded.folder)
-    floats = Counter(_TYPES[t.dtype] for t in source.tensors.values() if t.dtype in _TYPES)
-    usual = floats.most_common(1)[0][0] if floats else loaded.model.dtype
-    types = {}
-    for name, parameter in loaded.model.named_parameters():
-        found = stored_name(loaded.model, name, source.tensors)
-        types[name] = _TYPES.get(source.tensors[found].dtype, parameter.dtype) if found else usual
-    return types
+@contextmanager
+def _replaced(
+    loaded: LoadedModel, source: Checkpoint | None, masks: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None
+) -> Iterator[None]:
+    """While it lasts the masked parameters have the values of `weights`, rounded to what the source's files can hold."""
+    if weights is None:
+        yield
+        return
+    originals = {name: loaded.model.get_parameter(name).detach().clone() for name in masks}
+    with torch.no_grad():
+        for name in masks:
+            parameter = loaded.model.get_parameter(name)
+            kind = parameter.dtype if source is None else _stored_dtype(loaded, source, name, parameter)
+            parameter.copy_(weights[name].to(kind))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in originals.items():
+                loaded.model.get_parameter(name).copy_(value)
 
 
-def _save(loaded: LoadedModel, folder: Path, types: Mapping[str, torch.dtype]) -> None:
-    """Weights through transformers, which knows how its fused parameters are laid out on disk; the rest copied byte for byte."""
+def _stored_dtype(loaded: LoadedModel, source: Checkpoint, name: str, parameter: Tensor) -> torch.dtype:
+    for piece in (name, *as_stored(loaded.model, name, parameter.detach().to("meta"))):
+        if (found := stored_name(loaded.model, piece, source.tensors)) is not None:
+            return DTYPES[source.tensors[found].dtype]
+    return parameter.dtype
+
+
+def _source_checkpoint(loaded: LoadedModel) -> Checkpoint | None:
+    """The source folder's own tensors, when it is a folder of safetensors."""
+    folder = loaded.folder
+    if folder is None or loaded.gguf_file is not None:
+        return None
+    if (folder / "config.json").is_file() and "quantization_config" in read_json(folder / "config.json"):
+        raise UsageError(
+            f"{folder} is a quantised checkpoint (its config.json has a quantization_config), whose tensors cannot hold "
+            "masked weights of full precision; start from the unquantised model"
+        )
+    if not ((folder / INDEX_NAME).is_file() or (folder / "model.safetensors").is_file()):
+        return None  # weights in another container (.bin): transformers has read them, and writes them
+    return Checkpoint(folder)
+
+
+def _write_from_source(loaded: LoadedModel, source: Checkpoint, masks: Mapping[str, Tensor], out: Path) -> None:
+    """Copy the source shard by shard with the masked tensors replaced.
+
+    Whatever the model does not hold (tied copies, old buffers, heads of other tasks) is copied as it is.
+    """
+    model, parameters = loaded.model, dict(loaded.model.named_parameters())
+    origin: dict[str, str] = {}
+    layout: dict[str, str] = {}  # stored name -> its name among the parameter's pieces
+    for name in masks:
+        meta = parameters[name].detach().to("meta")
+        direct = stored_name(model, name, source.tensors)
+        pieces = {name: meta} if direct and source.tensors[direct].shape == meta.shape else as_stored(model, name, meta)
+        for piece_name, piece in pieces.items():
+            stored = stored_name(model, piece_name, source.tensors)
+            if stored is None:
+                raise UsageError(
+                    f"{source.path} has no tensor {piece_name}, the name under which transformers saves (part of) {name}, so an "
+                    "export could not keep the source's names; save the model with save_pretrained and export from that folder"
+                )
+            if source.tensors[stored].shape != tuple(piece.shape) or source.tensors[stored].dtype not in (
+                "F64",
+                "F32",
+                "F16",
+                "BF16",
+            ):
+                info = source.tensors[stored]
+                raise UsageError(
+                    f"{source.path}: {stored} is {info.dtype} {list(info.shape)}, expected floats {list(piece.shape)}"
+                )
+            origin[stored], layout[stored] = name, piece_name
+
+    @lru_cache(maxsize=3)  # the pieces of a fused parameter lie near each other in the file; make them once
+    def pieces_of(name: str) -> dict[str, Tensor]:
+        weight = masked(parameters[name].detach().cpu(), masks[name].bool().cpu())
+        fused = all(layout[stored] != name for stored, parameter in origin.items() if parameter == name)
+        return as_stored(model, name, weight) if fused else {name: weight}
+
+    def make(stored: str) -> Tensor:
+        if stored not in origin:
+            return source.read(stored)
+        # Back to the dtype of the file. Exact unless the weights were changed after loading, which the comparison would tell.
+        return pieces_of(origin[stored])[layout[stored]].to(DTYPES[source.tensors[stored].dtype])
+
+    for file, metadata in source.metadata.items():
+        entries = []
+        for info in source.tensors.values():
+            if info.file == file:
+                if info.dtype not in DTYPES:
+                    raise UsageError(
+                        f"{file}: {info.name} has dtype {info.dtype}, which cannot be copied; is this a quantised model?"
+                    )
+                entries.append(Entry(info.name, DTYPES[info.dtype], info.shape, lambda name=info.name: make(name)))  # type: ignore[misc]
+        write_safetensors(out / file.name, entries, metadata)
+    if (source.path / INDEX_NAME).is_file():
+        shutil.copyfile(source.path / INDEX_NAME, out / INDEX_NAME)
+    _copy_companions(source.path, out)
+
+
+def _write_from_model(loaded: LoadedModel, masks: Mapping[str, Tensor], out: Path) -> None:
+    """Write through transformers, for models that have no safetensors folder (GGUF, the hub's cache unknown, .bin)."""
     model = loaded.model
-    tensors = {name: t.to(types[name]) if name in types else t for name, t in model.state_dict().items()}
-    model.save_pretrained(folder, state_dict=tensors)
+    state = {name: masked(value, masks[name]) if name in masks else value for name, value in model.state_dict().items()}
+    model.save_pretrained(out, state_dict=state)
     if loaded.folder is not None and not loaded.gguf_file:
-        for file in companion_files(loaded.folder):
-            shutil.copyfile(file, folder / file.name)
-        before, after = set(Checkpoint(loaded.folder).tensors), set(Checkpoint(folder).tensors)
-        if before != after:
-            # Tied weights may be stored once or twice; both load the same.
-            tied = {n for n in before ^ after if n.split(".")[0] == "lm_head" or "embed" in n}
-            if odd := sorted((before ^ after) - tied):
-                raise VerificationError(f"the export does not have the tensor names of {loaded.source}: {', '.join(odd[:3])} are in only one of them")
+        _copy_companions(loaded.folder, out)
     else:
-        loaded.tokenizer.save_pretrained(folder)
+        loaded.tokenizer.save_pretrained(out)
+
+
+def _copy_companions(source: Path, out: Path) -> None:
+    for file in companion_files(source):
+        target = out / file.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
 
 
 def _sidecar(
