@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -292,7 +292,7 @@ class _Call:
         return _hidden(self.module(state.clone(), *self.args, **self.kwargs))
 
 
-class _Stop(Exception):  # noqa: N818 - not an error, the way out of a forward that has shown what it had to
+class _Stop(Exception):
     pass
 
 
@@ -354,10 +354,8 @@ def _pass(
             stack.enter_context(_hook(module.register_forward_hook(after, with_kwargs=True)))
             if skip:
                 stack.enter_context(_skipped(module))
-        try:
+        with suppress(_Stop):
             model(**{key: value.to(device) for key, value in inputs.items()}, use_cache=False)
-        except _Stop:
-            pass
     in_order = [call.module for call in calls] == [block.module for block in blocks]
     if not in_order or not all(_same(_hidden(out), state) for out, state in zip(outputs, entering[1:], strict=False)):
         raise CompressError(

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from maskllm.errors import MaskError
-from maskllm.patterns import Pattern
-from maskllm.storage import group_counts, load_masks, npz_arrays
 from torch import Tensor
 
 from compress.checkpoint import Checkpoint, checkpoint_files, read_header
 from compress.errors import UsageError
 from compress.verify import nonzeros
+from maskllm.errors import MaskError
+from maskllm.patterns import Pattern
+from maskllm.storage import group_counts, load_masks, npz_arrays
 
 # Tightest first: the first one that holds is reported.
 PATTERNS = tuple(Pattern.parse(p) for p in ("1:8", "1:4", "2:8", "2:4", "4:8", "6:8"))
@@ -108,4 +108,6 @@ def _gguf(path: Path) -> Iterator[TensorRow]:
         values = torch.from_numpy(dequantize(entry.data, entry.tensor_type).copy())
         sparsity, pattern = describe(values)
         nbytes = int(entry.n_bytes)
-        yield TensorRow(entry.name, tuple(values.shape), entry.tensor_type.name, nbytes, 8 * nbytes / values.numel(), sparsity, pattern)
+        yield TensorRow(
+            entry.name, tuple(values.shape), entry.tensor_type.name, nbytes, 8 * nbytes / values.numel(), sparsity, pattern
+        )

@@ -17,12 +17,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from maskllm.checkpoint import CheckpointStore
-from maskllm.gumbel import Schedule, prior_logits
-from maskllm.learner import Learner, LearnSettings, StepRecord
-from maskllm.parametrization import MaskTarget
-from maskllm.patterns import Pattern
-from maskllm.storage import load_masks, mask_digest, save_masks
 from torch import Tensor
 
 from compress import __version__, console
@@ -36,7 +30,14 @@ from compress.report import write_report
 from compress.rundir import RunDir, write_atomic
 from compress.text import read_text
 from compress.weights import ParameterRef, WeightRef, by_parameter, find_weights
+from maskllm.checkpoint import CheckpointStore
+from maskllm.gumbel import Schedule, prior_logits
+from maskllm.learner import Learner, LearnSettings, StepRecord
+from maskllm.parametrization import MaskTarget
+from maskllm.patterns import Pattern
+from maskllm.storage import load_masks, mask_digest, save_masks
 
+_WINDOW_TOKENS = 2048  # tokens a forward pass when measuring: short windows are taken several at once
 _CALIBRATION_BATCH = 8  # sequences calibrated at once
 
 
@@ -86,6 +87,7 @@ class Session:
                     seqlen=wanted.seqlen,
                     limit=wanted.limit,
                     bos=wanted.bos,
+                    batch_size=max(1, _WINDOW_TOKENS // wanted.seqlen),
                     progress=functools.partial(_show, bar),
                 )
             scores[label] = found.perplexity
@@ -137,7 +139,11 @@ def prepare(recipe: LearnMaskRecipe) -> Session:
     texts = {name: _eval_text(section.source) for name, section in recipe.evaluate.texts.items()}
     with console.log.status(f"loading {wanted.source}"):
         loaded = load_model(
-            wanted.source, dtype=wanted.dtype, device=wanted.device, revision=wanted.revision, trust_remote_code=wanted.trust_remote_code
+            wanted.source,
+            dtype=wanted.dtype,
+            device=wanted.device,
+            revision=wanted.revision,
+            trust_remote_code=wanted.trust_remote_code,
         )
     refs = find_weights(loaded.model, recipe.weights.include, recipe.weights.exclude)
     for ref in refs:
@@ -157,7 +163,9 @@ def prepare(recipe: LearnMaskRecipe) -> Session:
     calibration = TokenBlocks(tokens, seqlen, recipe.seed)
     batches, left = [], recipe.calibration.samples
     if left > len(calibration):
-        raise UsageError(f"calibration.samples is {left}, but the text holds only {len(calibration)} sequences of {seqlen} tokens")
+        raise UsageError(
+            f"calibration.samples is {left}, but the text holds only {len(calibration)} sequences of {seqlen} tokens"
+        )
     whole = calibration.batch(0, left)
     batches = list(whole.split(_CALIBRATION_BATCH))
     blocks = TokenBlocks(tokens, recipe.data.seqlen, recipe.seed + 1)
@@ -352,7 +360,9 @@ def _watched_windows(session: Session) -> Tensor | None:
         return None
     name, text = next(iter(session.texts.items()))
     wanted = recipe.evaluate.texts[name]
-    ids = session.loaded.tokenizer(text.text, verbose=False, return_tensors="pt", add_special_tokens=wanted.bos == "auto")["input_ids"][0]
+    ids = session.loaded.tokenizer(text.text, verbose=False, return_tensors="pt", add_special_tokens=wanted.bos == "auto")[
+        "input_ids"
+    ][0]
     limit = recipe.evaluate.every_limit or wanted.limit or len(ids) // wanted.seqlen
     windows = min(limit, len(ids) // wanted.seqlen)
     return ids[: windows * wanted.seqlen].view(windows, wanted.seqlen)
@@ -378,7 +388,9 @@ def _finish(
         "recipe": dump_recipe(session.recipe),
     }
     save_masks(run.mask, masks, session.pattern, session.contracted, metadata)
-    layers = [{"name": p.name, "layer": p.layer, "flipped": flips[p.name][0], "groups": flips[p.name][1]} for p in session.parameters]
+    layers = [
+        {"name": p.name, "layer": p.layer, "flipped": flips[p.name][0], "groups": flips[p.name][1]} for p in session.parameters
+    ]
     write_report(run, session.recipe, rows, layers, digest)
     write_atomic(run.summary, json.dumps(rows, indent=1))
     return Result(rows, digest, flipped, run.path)

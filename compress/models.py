@@ -27,7 +27,15 @@ DTYPES: dict[str, torch.dtype | str] = {
     "float16": torch.float16,
 }
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+)
 
 
 @dataclass
@@ -113,7 +121,8 @@ def load_model(
     # Weights of the wrong shape are let through here because `_check_complete` can name them and transformers only logs them.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     with _explained(source), _quiet():
-        model, report = AutoModelForCausalLM.from_pretrained(found.location, **found.arguments, **options)
+        found_model: Any = AutoModelForCausalLM.from_pretrained(found.location, **found.arguments, **options)
+        model, report = found_model
         _check_complete(source, report)
         tokenizer = load_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code)
         if found.gguf_file:
@@ -125,7 +134,9 @@ def load_model(
 def _check_complete(source: str, report: dict[str, Any]) -> None:
     """Refuse a checkpoint that lacks weights of its model: transformers would fill them with random numbers and go on."""
     missing = sorted(report.get("missing_keys") or ())
-    mismatched = sorted(str(key[0]) if isinstance(key, (tuple, list)) else str(key) for key in report.get("mismatched_keys") or ())
+    mismatched = sorted(
+        str(key[0]) if isinstance(key, (tuple, list)) else str(key) for key in report.get("mismatched_keys") or ()
+    )
     for names, fault in ((missing, "are missing"), (mismatched, "have another shape than config.json says")):
         if names:
             shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
@@ -134,7 +145,10 @@ def _check_complete(source: str, report: dict[str, Any]) -> None:
 
 def _forget_quantization(model: PreTrainedModel) -> None:
     """A dequantised GGUF model is an ordinary one; what transformers remembers of the file would keep it from being saved as such."""
-    for owner, names in ((model, ("hf_quantizer", "is_quantized", "quantization_method")), (model.config, ("quantization_config",))):
+    for owner, names in (
+        (model, ("hf_quantizer", "is_quantized", "quantization_method")),
+        (model.config, ("quantization_config",)),
+    ):
         for name in names:
             if name in vars(owner):
                 delattr(owner, name)
@@ -146,9 +160,13 @@ def load_tokenizer(source: str, *, revision: str | None = None, trust_remote_cod
 
     found = resolve_source(source)
     if found.folder is not None and not found.gguf_file and not any((found.folder / name).is_file() for name in _TOKENIZER_FILES):
-        raise UsageError(f"{source} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)}; copy those of the original model there")
+        raise UsageError(
+            f"{source} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)}; copy those of the original model there"
+        )
     with _explained(source), _quiet():
-        return AutoTokenizer.from_pretrained(found.location, **found.arguments, revision=revision, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(
+            found.location, **found.arguments, revision=revision, trust_remote_code=trust_remote_code
+        )
 
 
 def meta_model(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -157,7 +175,9 @@ def meta_model(source: str, *, revision: str | None = None, trust_remote_code: b
 
     found = resolve_source(source)
     with _explained(source), _quiet():
-        config = AutoConfig.from_pretrained(found.location, **found.arguments, revision=revision, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            found.location, **found.arguments, revision=revision, trust_remote_code=trust_remote_code
+        )
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         model.tie_weights()
@@ -192,8 +212,12 @@ def fingerprint(model: nn.Module) -> str:
 @contextmanager
 def _explained(source: str) -> Iterator[None]:
     """Turn what transformers and the hub raise for a bad source into one sentence."""
+    from safetensors import SafetensorError
+
     try:
         yield
+    except SafetensorError as error:
+        raise CompressError(f"{source} cannot be loaded: a safetensors file in it is damaged or cut short ({error})") from error
     except (OSError, ValueError, KeyError, ImportError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         place = resolve_source(source)

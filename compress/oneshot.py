@@ -5,9 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from maskllm.patterns import Pattern
-from maskllm.storage import mask_digest, save_masks, save_npz
-
 from compress import __version__, console
 from compress.data import TokenBlocks, tokenize
 from compress.errors import UsageError
@@ -16,6 +13,8 @@ from compress.models import fingerprint, load_model
 from compress.prune import Method, prune_one_shot
 from compress.text import TextSource
 from compress.weights import by_parameter, find_weights
+from maskllm.patterns import Pattern
+from maskllm.storage import mask_digest, save_masks, save_npz
 
 
 def run_one_shot(
@@ -59,7 +58,12 @@ def run_one_shot(
     if out.suffix == ".npz":
         save_npz(out, pruned.masks)
     elif out.suffix == ".safetensors":
-        metadata = {"method": description, "model": source, "model_fingerprint": fingerprint(loaded.model), "tool": f"maskllm-compress {__version__}"}
+        metadata = {
+            "method": description,
+            "model": source,
+            "model_fingerprint": fingerprint(loaded.model),
+            "tool": f"maskllm-compress {__version__}",
+        }
         save_masks(out, pruned.masks, n_m, contracted, metadata)
     else:
         export_dense(
@@ -80,4 +84,6 @@ def calibration_text(data: str) -> TextSource:
     if data.startswith("asset:") or Path(data).exists() or "*" in data:
         return TextSource(path=data)
     dataset, config, split, field = (data.split(":") + [""] * 4)[:4]
-    return TextSource(dataset=dataset, name=config or None, split=split or "train", field=field or "text", streaming=True, documents=4096)
+    return TextSource(
+        dataset=dataset, name=config or None, split=split or "train", field=field or "text", streaming=True, documents=4096
+    )

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from maskllm.gumbel import logit_width
-from maskllm.patterns import Pattern
 
 from compress.models import meta_model
 from compress.recipe import LearnMaskRecipe
 from compress.weights import by_parameter, find_weights
+from maskllm.gumbel import logit_width
+from maskllm.patterns import Pattern
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _MASK_SECONDS = 7e-9  # a weight and a step, forward and backward of the soft mask on two AVX-512 cores, measured

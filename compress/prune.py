@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from maskllm import priors
-from maskllm.patterns import Pattern
 from torch import Tensor, nn
 
 from compress.calibrate import InputStats, walk_blocks
 from compress.weights import WeightRef, by_parameter, decoder_blocks
+from maskllm import priors
+from maskllm.patterns import Pattern
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -90,7 +90,9 @@ def _walk(
         yield stats, [ref for ref in refs if ref.layer == block.index]
 
 
-def _prune_matrix(ref: WeightRef, stats: InputStats | None, pattern: Pattern, method: Method, damping: float, result: Pruned) -> None:
+def _prune_matrix(
+    ref: WeightRef, stats: InputStats | None, pattern: Pattern, method: Method, damping: float, result: Pruned
+) -> None:
     """Decide one matrix, write its pruned form into the model, its mask into `result`."""
     weight = ref.view()  # [out, in]
     if method != "magnitude" and (stats is None or stats.tokens == 0):

@@ -25,7 +25,9 @@ pre{background:#f5f7fa;padding:1rem;overflow:auto;font-size:12px}svg{max-width:1
 _INK, _ACCENT, _MUTED = "#1c2430", "#0b7a4b", "#9fb0c3"
 
 
-def write_report(run: RunDir, recipe: LearnMaskRecipe, rows: Sequence[dict[str, Any]], layers: Sequence[dict[str, Any]], digest: str) -> None:
+def write_report(
+    run: RunDir, recipe: LearnMaskRecipe, rows: Sequence[dict[str, Any]], layers: Sequence[dict[str, Any]], digest: str
+) -> None:
     """Write `report.html` of a finished run. rows: as in summary.json. layers: name, layer, flipped, groups of every parameter."""
     metrics = run.read_metrics()
     steps = [m for m in metrics if m["kind"] == "step"]
@@ -44,7 +46,11 @@ def write_report(run: RunDir, recipe: LearnMaskRecipe, rows: Sequence[dict[str, 
         parts += ["<h2>While learning</h2>", _svg(_curves([m for m in measures if "perplexity" in m], recipe))]
     if steps:
         parts += ["<h2>Losses</h2>", _svg(_losses(steps))]
-    parts += ["<h2>Where the mask moved</h2>", "<p class=note>Share of the groups that differ from the prior.</p>", _svg(_heat(layers))]
+    parts += [
+        "<h2>Where the mask moved</h2>",
+        "<p class=note>Share of the groups that differ from the prior.</p>",
+        _svg(_heat(layers)),
+    ]
     parts += ["<h2>Recipe</h2>", f"<pre>{html.escape(dump_recipe(recipe))}</pre>"]
     page = "\n".join(["<!doctype html><meta charset=utf-8><title>compress report</title>", f"<style>{_STYLE}</style>", *parts])
     write_atomic(run.report, page)
@@ -128,7 +134,9 @@ def _losses(steps: Sequence[dict[str, Any]]) -> Figure:
     grid[0][0].legend(fontsize=8, frameon=False)
     _plain(grid[0][0], "with soft masks", "step", "nats a token")
     grid[0][1].semilogy(x, [s["gradient_norm"] for s in steps], color=_MUTED, linewidth=1, label="gradient norm")
-    grid[0][1].semilogy(x, [s["temperature"] * 100 / s["scale"] for s in steps], color=_ACCENT, linewidth=1, label="temperature / (scale / 100)")
+    grid[0][1].semilogy(
+        x, [s["temperature"] * 100 / s["scale"] for s in steps], color=_ACCENT, linewidth=1, label="temperature / (scale / 100)"
+    )
     grid[0][1].legend(fontsize=8, frameon=False)
     _plain(grid[0][1], "schedule", "step")
     return figure

@@ -1,9 +1,9 @@
 """A run directory: what a run was asked to do, what it measured, its checkpoints and its result.
 
-    recipe.yaml      the recipe with every default filled in
-    metrics.jsonl    one JSON object a training step or measurement
-    state/           checkpoints, and what is already known before training (prior mask, baselines)
-    mask.safetensors, summary.json, report.html    the result, there only when the run is complete
+recipe.yaml      the recipe with every default filled in
+metrics.jsonl    one JSON object a training step or measurement
+state/           checkpoints, and what is already known before training (prior mask, baselines)
+mask.safetensors, summary.json, report.html    the result, there only when the run is complete
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def join(prefix: str, name: str) -> str:
 
 def text_config(model: nn.Module) -> Any:
     """The configuration of the language model inside `model`, or None where there is no configuration."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
@@ -79,7 +79,8 @@ def decoder_blocks(model: nn.Module) -> list[Block]:
 
     Raises UsageError when there is none.
     """
-    root = model.get_decoder() if hasattr(model, "get_decoder") else model
+    find_decoder: Any = getattr(model, "get_decoder", None)
+    root = find_decoder() if find_decoder else model
     layers = getattr(text_config(model), "num_hidden_layers", None)
     found: list[tuple[str, nn.ModuleList]] = []
     for name, module in model.named_modules():

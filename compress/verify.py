@@ -275,7 +275,8 @@ def _decoder_matrices(checkpoint: Checkpoint) -> Iterator[str]:
     for name, info in checkpoint.tensors.items():
         parent = name.rsplit(".", 2)[0]  # "x.mlp" of "x.mlp.gate.weight"
         numbered = re.search(r"\.\d+\.", f".{name}")
-        if len(info.shape) in (2, 3) and numbered and not name.endswith("bias") and parent not in with_experts:
-            yield name
-        elif len(info.shape) == 3 and numbered and ".experts." in name and not name.endswith("bias"):
+        if not numbered or name.endswith("bias"):
+            continue
+        expert = len(info.shape) == 3 and ".experts." in name
+        if expert or (len(info.shape) in (2, 3) and parent not in with_experts):
             yield name

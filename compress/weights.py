@@ -49,7 +49,9 @@ class WeightRef:
     role: str
     contracted_dim: int
     layer: int | None
-    _rows: slice = field(default_factory=lambda: slice(None), repr=False)  # which rows of the slice's [out, in] matrix: a half of a gate_up
+    _rows: slice = field(
+        default_factory=lambda: slice(None), repr=False
+    )  # which rows of the slice's [out, in] matrix: a half of a gate_up
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -198,8 +200,8 @@ def _candidates(model: nn.Module) -> list[_Candidate]:
     for full_name, parameter in model.named_parameters(remove_duplicate=False):
         module_name, _, parameter_name = full_name.rpartition(".")
         module = model.get_submodule(module_name)
-        block = next((b for b in blocks if full_name.startswith(b.name + ".")), None)
-        layer = block.index if block else None
+        inside = next((b for b in blocks if full_name.startswith(b.name + ".")), None)
+        layer = inside.index if inside else None
         if isinstance(module, nn.Embedding) or not parameter.is_floating_point():
             continue
         tied = next((name for name, other in embeddings if _same_memory(parameter, other)), None)
@@ -219,7 +221,7 @@ def _candidates(model: nn.Module) -> list[_Candidate]:
         problem = (
             f"{full_name} is tied to {tied} (one tensor, two uses), so compressing it would alter the embedding" if tied else None
         )
-        result.append(_Candidate(ref, block is not None and full_name not in routers and not tied, problem))
+        result.append(_Candidate(ref, inside is not None and full_name not in routers and not tied, problem))
     return result
 
 

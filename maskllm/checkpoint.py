@@ -45,9 +45,13 @@ class CheckpointStore:
         (partial / "state.json").write_text(json.dumps({"step": step, "fingerprint": self.fingerprint}, indent=1))
         for file in (*partial.iterdir(), partial):
             _flush(file)
-        shutil.rmtree(final, ignore_errors=True)
+        aside = self.folder / f"{final.name}.old"
+        if final.exists():  # a folder cannot be replaced by another at once: until then the old one counts
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(final, aside)
         os.replace(partial, final)
         _flush(self.folder)
+        shutil.rmtree(aside, ignore_errors=True)
         for old in self._complete()[: -self.keep]:
             shutil.rmtree(old)
 
@@ -62,13 +66,16 @@ class CheckpointStore:
             ours, theirs = self.fingerprint.get(part), facts["fingerprint"].get(part)
             if ours != theirs:
                 raise MaskError(
-                    f"{newest} belongs to another run: its {part} is {theirs}, here it is {ours}; use another --out, or the recipe it was started with"
+                    f"{newest} belongs to another run: its {part} is {theirs}, here it is {ours}; "
+                    "use another --out, or the recipe it was started with"
                 )
         with safe_open(newest / "state.safetensors", "pt") as file:
             return Checkpoint(facts["step"], {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
 
     def _complete(self) -> list[Path]:
-        return sorted(p for p in self.folder.glob("step-*") if p.suffix != ".partial") if self.folder.is_dir() else []
+        """Whole checkpoints, oldest first; one that is being replaced (`.old`) before the one that replaces it."""
+        found = (p for p in self.folder.glob("step-*") if p.suffix != ".partial")
+        return sorted(found, key=lambda p: (p.stem, p.suffix != ".old"))
 
 
 def _flush(path: Path) -> None:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from compress_kernels.gumbel import Draw, masked_weight, masked_weight_backward
 from torch import Tensor
 
+from compress_kernels.gumbel import Draw, masked_weight, masked_weight_backward
 from maskllm.errors import MaskError
 from maskllm.patterns import Pattern
 
@@ -88,7 +88,9 @@ def soft_masked_weight(
     """
     width = logit_width(pattern, parametrization)
     if logits.shape != (*weight.shape[:-1], weight.shape[-1] // pattern.m, width):
-        raise MaskError(f"logits {tuple(logits.shape)} do not belong to a weight {tuple(weight.shape)} with {pattern} {parametrization}")
+        raise MaskError(
+            f"logits {tuple(logits.shape)} do not belong to a weight {tuple(weight.shape)} with {pattern} {parametrization}"
+        )
     if table is None:
         table = pattern.candidates().to(weight.device, torch.float32)
     flat = weight.detach().reshape(-1, pattern.m)

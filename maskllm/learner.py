@@ -208,7 +208,17 @@ class Learner:
             raise MaskError(f"the loss is {loss} at step {self.step}: lower the learning rate, or lengthen the warm-up")
         self.step += 1
         return StepRecord(
-            self.step, self.step * batch.numel(), loss, ce, kl, penalty, rate, self.state.tau, self.state.kappa, float(norm), time.perf_counter() - began
+            self.step,
+            self.step * batch.numel(),
+            loss,
+            ce,
+            kl,
+            penalty,
+            rate,
+            self.state.tau,
+            self.state.kappa,
+            float(norm),
+            time.perf_counter() - began,
         )
 
     def _micro_step(self, ids: Tensor, decayed: float) -> Tensor:

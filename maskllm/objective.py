@@ -41,7 +41,8 @@ class _TokenLoss(torch.autograd.Function):
             if teacher is not None:
                 log_q = torch.log_softmax(teacher[a : a + rows].float(), -1)
                 q = log_q.exp()
-                kl_sum += torch.sum(q * (log_q - log_p))
+                # A token that both mask out (-inf - -inf) adds nothing: its q is 0.
+                kl_sum += torch.sum((log_q - log_p).mul_(q).masked_fill_(q == 0, 0))
             if grad is not None:
                 g = log_p.exp_().mul_(ce_weight + kl_weight)
                 if log_q is not None:

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from compress_kernels.gumbel import Draw, stream_key
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from maskllm.gumbel import Parametrization, hard_mask, soft_masked_weight
+from compress_kernels.gumbel import Draw, stream_key
+from maskllm.errors import MaskError
+from maskllm.gumbel import Parametrization, hard_mask, logit_width, soft_masked_weight
 from maskllm.patterns import Pattern
 
 
@@ -67,6 +68,8 @@ class MaskState:
 class WeightMask(nn.Module):
     """The learnable mask of one weight: float32 logits `[..., K/M, C]` or `[..., K/M, M]` over the weight with its contracted dimension last."""
 
+    table: Tensor
+
     def __init__(self, state: MaskState, logits: Tensor, layer: int, contracted_dim: int) -> None:
         super().__init__()
         self.state, self.layer, self.contracted_dim = state, layer, contracted_dim
@@ -109,9 +112,15 @@ def attach(targets: Iterable[MaskTarget], state: MaskState, logits: dict[str, Te
     Raises MaskError where M does not divide a contracted dimension or logits have the wrong shape.
     """
     masks: dict[str, WeightMask] = {}
+    targets = list(targets)
+    for target in targets:  # all of them before the first is attached
+        shape = getattr(target.module, target.parameter_name).movedim(target.contracted_dim, -1).shape
+        state.pattern.check_divides(shape[-1], target.name)
+        expected = (*shape[:-1], shape[-1] // state.pattern.m, logit_width(state.pattern, state.parametrization))
+        if logits[target.name].shape != expected:
+            raise MaskError(f"{target.name}: logits {tuple(logits[target.name].shape)} were given, but its masks take {expected}")
     for layer, target in enumerate(targets):
         weight = getattr(target.module, target.parameter_name)
-        state.pattern.check_divides(weight.shape[target.contracted_dim], target.name)
         mask = WeightMask(state, logits[target.name].to(weight.device), layer, target.contracted_dim)
         weight.requires_grad_(False)
         parametrize.register_parametrization(target.module, target.parameter_name, mask, unsafe=True)
@@ -124,4 +133,3 @@ def detach(targets: Iterable[MaskTarget]) -> None:
     for target in targets:
         if parametrize.is_parametrized(target.module, target.parameter_name):
             parametrize.remove_parametrizations(target.module, target.parameter_name, leave_parametrized=False)
-

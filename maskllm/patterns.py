@@ -29,7 +29,9 @@ class Pattern:
         if not 0 < self.n < self.m:
             raise MaskError(f"pattern {self.n}:{self.m} is not possible: N:M needs 0 < N < M, for example 2:4")
         if comb(self.m, self.n) > 256:
-            raise MaskError(f"pattern {self.n}:{self.m} has {comb(self.m, self.n)} candidates a group; at most 256 are supported (4:8 has 70)")
+            raise MaskError(
+                f"pattern {self.n}:{self.m} has {comb(self.m, self.n)} candidates a group; at most 256 are supported (4:8 has 70)"
+            )
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
@@ -75,8 +77,10 @@ class Pattern:
 
     def mask_of(self, index: Tensor) -> Tensor:
         """The inverse of `index_of`: integers `[..., K/m]` in [0, count) -> bool `[..., K]`."""
-        if index.numel() and not (0 <= int(index.min()) and int(index.max()) < self.count):
-            raise MaskError(f"candidate indices of {self} lie in [0, {self.count}); found [{int(index.min())}, {int(index.max())}]")
+        if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < self.count):
+            raise MaskError(
+                f"candidate indices of {self} lie in [0, {self.count}); found [{int(index.min())}, {int(index.max())}]"
+            )
         return _candidates(self.n, self.m).to(index.device)[index.long()].flatten(-2)
 
     def best_of(self, score: Tensor) -> Tensor:

@@ -26,7 +26,8 @@ def wanda(weight: Tensor, sum_squares: Tensor, tokens: int) -> Tensor:
 
 
 def ria(weight: Tensor, sum_squares: Tensor, exponent: float = 0.5) -> Tensor:
-    """Relative importance and activations (Zhang et al., ICLR 2024, "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models"):
+    """RIA, relative importance and activations (Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for
+    Large Language Models", ICLR 2024):
 
     `(|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) * ||x_j||_2^exponent`.
     """

@@ -106,7 +106,5 @@ def write_safetensors(path: str | os.PathLike[str], entries: Sequence[Entry], me
         for entry in entries:
             tensor = entry.make().detach().cpu().contiguous()
             if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
-                raise ValueError(
-                    f"{entry.name}: announced {entry.dtype} {entry.shape}, got {tensor.dtype} {tuple(tensor.shape)}"
-                )
-            file.write(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+                raise ValueError(f"{entry.name}: announced {entry.dtype} {entry.shape}, got {tensor.dtype} {tuple(tensor.shape)}")
+            file.write(tensor.flatten().view(torch.uint8).numpy().data)

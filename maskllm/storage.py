@@ -305,7 +305,9 @@ def load_npz(
         shape, dim = tuple(shapes[name]), _negative(contracted[name], len(shapes[name]), name)
         weights = prod(shape)
         if bits.dtype != np.uint8 or bits.shape != (-(-weights // 8),):
-            raise MaskError(f"{path}: {name} holds {bits.size} bytes of {bits.dtype}, but shape {list(shape)} takes {-(-weights // 8)}")
+            raise MaskError(
+                f"{path}: {name} holds {bits.size} bytes of {bits.dtype}, but shape {list(shape)} takes {-(-weights // 8)}"
+            )
         flat = np.unpackbits(bits)
         if flat[weights:].any():
             raise MaskError(f"{path}: {name} has bits beyond its shape {list(shape)}")

@@ -36,7 +36,9 @@ def main() -> None:
             total += torch.nn.functional.cross_entropy(logits, window[1:]).item()
     value = math.exp(total / len(windows))
     foreign = sorted(m for m in sys.modules if m.split(".")[0] in ("compress", "maskllm", "compress_kernels"))
-    print(f"perplexity {value:.4f} over {len(windows)} windows of {args.seqlen}, plain transformers (modules of this project loaded: {len(foreign)})")
+    print(
+        f"perplexity {value:.4f} over {len(windows)} windows of {args.seqlen}, plain transformers (modules of this project loaded: {len(foreign)})"
+    )
     if args.expect is not None and abs(value / args.expect - 1) > 1e-4:
         sys.exit(f"expected {args.expect:.4f}")
 

@@ -20,6 +20,7 @@ import math
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -111,15 +112,16 @@ def build(name: str) -> torch.nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
     torch.manual_seed(0)
-    common = dict(
-        vocab_size=VOCAB,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        rope_theta=10000.0,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=None,
-    )
+    common: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        # The length it is trained at: rotary positions do not carry a model of this size further.
+        "max_position_embeddings": SEQ,
+        "tie_word_embeddings": True,
+        "rope_theta": 10000.0,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "pad_token_id": None,
+    }
     if name == "tiny-llama":
         return LlamaForCausalLM(
             LlamaConfig(
@@ -201,14 +203,16 @@ def train(name: str, args: argparse.Namespace) -> None:
         optimizer.zero_grad(set_to_none=True)
         if step % 20 == 0 or step == steps - 1:
             spent = time.monotonic() - began
-            print(f"step {step}/{steps} loss {loss.item():.4f} {spent:.0f} s, {spent / (step - start + 1):.2f} s a step", flush=True)
+            print(
+                f"step {step}/{steps} loss {loss.item():.4f} {spent:.0f} s, {spent / (step - start + 1):.2f} s a step", flush=True
+            )
         if (step + 1) % args.save_every == 0:
             save_atomic({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, checkpoint)
     finish(name, model, stats, steps, args)
 
 
 @torch.no_grad()
-def perplexity(model: torch.nn.Module, ids: list[int], seqlen: int = 1024) -> float:
+def perplexity(model: torch.nn.Module, ids: list[int], seqlen: int = SEQ) -> float:
     windows = len(ids) // seqlen
     total = 0.0
     for i in range(windows):
@@ -242,7 +246,7 @@ def finish(name: str, model: torch.nn.Module, stats: dict, steps: int, args: arg
         "steps": steps,
         "sources": stats,
         "perplexity": scores,
-        "seqlen": 1024,
+        "seqlen": SEQ,
         "peak_learning_rate": args.lr,
         "batch": args.batch,
     }

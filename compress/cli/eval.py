@@ -12,16 +12,26 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Hub name, folder, .gguf file, or asset:tiny-llama.")],
     data: Annotated[
         str | None,
-        typer.Option("--data", help="Text file (taken as it is), asset:NAME, `wikitext`, or DATASET[:CONFIG[:SPLIT[:FIELD]]]. Default: WikiText-2 test, embedded."),
+        typer.Option(
+            "--data",
+            help="Text file (taken as it is), asset:NAME, `wikitext`, or DATASET[:CONFIG[:SPLIT[:FIELD]]]. Default: WikiText-2 test, embedded.",
+        ),
     ] = None,
-    seqlen: Annotated[int | None, typer.Option("--seqlen", help="Tokens a window. Default: 2048, or all positions of a model with fewer.")] = None,
+    seqlen: Annotated[
+        int | None, typer.Option("--seqlen", help="Tokens a window. Default: 2048, or all positions of a model with fewer.")
+    ] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Score the first so many windows only.")] = None,
     bos: Annotated[
         Literal["auto", "none", "every"],
         typer.Option("--bos", help="auto: what the tokenizer puts before the whole text; none; every: before every window."),
     ] = "auto",
-    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option("--dtype", help="Load the weights as this; auto is the checkpoint's own.")] = "auto",
-    reference: Annotated[str | None, typer.Option("--reference", help="Another model: adds mean KL from it and top-1 agreement with it.")] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option("--dtype", help="Load the weights as this; auto is the checkpoint's own."),
+    ] = "auto",
+    reference: Annotated[
+        str | None, typer.Option("--reference", help="Another model: adds mean KL from it and top-1 agreement with it.")
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Windows a forward pass.")] = 1,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run model code from the hub.")] = False,
@@ -59,7 +69,9 @@ def evaluate(
             progress=lambda done, total, value: bar.update(done, f"{value:.3f}", total),
         )
     if json_:
-        typer.echo(json.dumps({"model": model, "data": text.label, **found.to_json(), **({"reference": reference} if reference else {})}))
+        typer.echo(
+            json.dumps({"model": model, "data": text.label, **found.to_json(), **({"reference": reference} if reference else {})})
+        )
         return
     from rich.table import Table
 

@@ -15,7 +15,8 @@ def export(
     source: Annotated[Path, typer.Argument(metavar="RUN_OR_MASK", help="Run directory of learn-mask, or a mask file.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; for --format mask a .safetensors or .npz file.")],
     format_: Annotated[
-        Literal["dense", "mask"], typer.Option("--format", help="dense: a checkpoint with exact zeros, which loads anywhere. mask: the mask alone.")
+        Literal["dense", "mask"],
+        typer.Option("--format", help="dense: a checkpoint with exact zeros, which loads anywhere. mask: the mask alone."),
     ] = "dense",
     model: Annotated[str | None, typer.Option("--model", help="The dense model. Default: the one the run or mask names.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out.")] = False,
@@ -36,7 +37,9 @@ def export(
     run = source if source.is_dir() else None
     file = source / "mask.safetensors" if run else source
     if not file.is_file():
-        unfinished = " (is the run finished? `compress learn-mask ... --resume` goes on)" if run and (run / "recipe.yaml").exists() else ""
+        unfinished = (
+            " (is the run finished? `compress learn-mask ... --resume` goes on)" if run and (run / "recipe.yaml").exists() else ""
+        )
         raise UsageError(f"there is no mask at {file}{unfinished}")
     recipe_text, metrics, dtype, revision, trust = None, None, "auto", None, False
     if run and (run / "recipe.yaml").is_file():

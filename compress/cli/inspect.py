@@ -49,10 +49,18 @@ def inspect(
         column.justify = "right"
     for row in rows:
         shape = "x".join(map(str, row.shape))
-        table.add_row(row.name, shape, row.dtype, f"{row.nbytes:,}", f"{row.bits:.2f}", f"{100 * row.sparsity:.2f} %", row.pattern)
+        table.add_row(
+            row.name, shape, row.dtype, f"{row.nbytes:,}", f"{row.bits:.2f}", f"{100 * row.sparsity:.2f} %", row.pattern
+        )
     table.add_section()
     table.add_row(
-        f"{len(rows)} tensors", f"{weights:,}", "", f"{nbytes:,}", f"{totals['bits_per_weight']:.2f}", f"{100 * totals['sparsity']:.2f} %", ""
+        f"{len(rows)} tensors",
+        f"{weights:,}",
+        "",
+        f"{nbytes:,}",
+        f"{totals['bits_per_weight']:.2f}",
+        f"{100 * totals['sparsity']:.2f} %",
+        "",
     )
     stdout().print(table)
 

@@ -11,10 +11,14 @@ import typer
 
 def learn_mask(
     recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a shipped recipe (see `compress recipes ls`).")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Change keys of the recipe: learn.steps=100")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Change keys of the recipe: learn.steps=100")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Run directory. Default: runs/NAME-OF-RECIPE.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out from its last checkpoint.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, without loading the weights; write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, without loading the weights; write nothing.")
+    ] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
     """Learn an N:M mask on the frozen weights of a model.
@@ -44,9 +48,13 @@ def learn_mask(
 
     result = run(loaded, folder, resume=resume, command=(recipe, overrides or []))
     if json_:
-        typer.echo(json.dumps({"run": str(result.run), "mask_sha256": result.digest, "flipped": result.flipped, "summary": result.rows}))
+        typer.echo(
+            json.dumps({"run": str(result.run), "mask_sha256": result.digest, "flipped": result.flipped, "summary": result.rows})
+        )
         return
     print_perplexities(result.rows)
-    typer.echo(f"mask: {result.run / 'mask.safetensors'} ({100 * result.flipped:.2f} % of the groups differ from the prior)", err=True)
+    typer.echo(
+        f"mask: {result.run / 'mask.safetensors'} ({100 * result.flipped:.2f} % of the groups differ from the prior)", err=True
+    )
     typer.echo(f"report: {result.run / 'report.html'}", err=True)
     typer.echo(f"next: compress export {result.run} --out MODEL_FOLDER", err=True)

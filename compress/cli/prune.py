@@ -13,16 +13,34 @@ from compress.errors import UsageError
 
 def prune(
     model: Annotated[str, typer.Argument(help="Hub name, folder, .gguf file, or asset:tiny-llama.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the pruned model, or a mask file ending in .safetensors or .npz.")],
-    method: Annotated[Literal["magnitude", "wanda", "ria", "sparsegpt"], typer.Option("--method", help="One-shot method.")] = "sparsegpt",
-    update_weights: Annotated[bool, typer.Option("--update-weights", help="SparseGPT only: also update the weights that stay.")] = False,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder of the pruned model, or a mask file ending in .safetensors or .npz.")
+    ],
+    method: Annotated[
+        Literal["magnitude", "wanda", "ria", "sparsegpt"], typer.Option("--method", help="One-shot method.")
+    ] = "sparsegpt",
+    update_weights: Annotated[
+        bool, typer.Option("--update-weights", help="SparseGPT only: also update the weights that stay.")
+    ] = False,
     pattern: Annotated[str, typer.Option("--pattern", help="N:M.")] = "2:4",
-    data: Annotated[str, typer.Option("--data", help="Calibration text: a file, a folder, asset:NAME, or a hub data set.")] = "asset:wikipedia",
+    data: Annotated[
+        str, typer.Option("--data", help="Calibration text: a file, a folder, asset:NAME, or a hub data set.")
+    ] = "asset:wikipedia",
     samples: Annotated[int, typer.Option("--samples", min=1, help="Calibration sequences.")] = 128,
-    seqlen: Annotated[int | None, typer.Option("--seqlen", help="Tokens a calibration sequence. Default: 512, or all positions of a model with fewer.")] = None,
-    include: Annotated[list[str] | None, typer.Option("--include", help="Glob of weights; may be repeated. Default: every matrix of the decoder blocks.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option("--exclude", help="Glob of weights to leave dense; may be repeated.")] = None,
-    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option("--dtype", help="Load the weights as this.")] = "auto",
+    seqlen: Annotated[
+        int | None,
+        typer.Option("--seqlen", help="Tokens a calibration sequence. Default: 512, or all positions of a model with fewer."),
+    ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option("--include", help="Glob of weights; may be repeated. Default: every matrix of the decoder blocks."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", help="Glob of weights to leave dense; may be repeated.")
+    ] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option("--dtype", help="Load the weights as this.")
+    ] = "auto",
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     seed: Annotated[int, typer.Option("--seed", help="Of the choice of calibration sequences.")] = 0,
 ) -> None:

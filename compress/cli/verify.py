@@ -15,7 +15,9 @@ def verify(
     path: Annotated[Path, typer.Argument(help="Checkpoint folder, or a mask file.")],
     pattern: Annotated[str | None, typer.Option("--pattern", help="N:M. Default: what the checkpoint says of itself.")] = None,
     mask: Annotated[Path | None, typer.Option("--mask", help="Mask file that the checkpoint should follow.")] = None,
-    original: Annotated[str | None, typer.Option("--original", help="The dense model: prove the checkpoint is mask times original, bit for bit.")] = None,
+    original: Annotated[
+        str | None, typer.Option("--original", help="The dense model: prove the checkpoint is mask times original, bit for bit.")
+    ] = None,
     include: Annotated[list[str] | None, typer.Option("--include", help="Glob of tensors to check; may be repeated.")] = None,
     exclude: Annotated[list[str] | None, typer.Option("--exclude", help="Glob of tensors to pass over; may be repeated.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -30,11 +32,10 @@ def verify(
     - `compress verify some-model --pattern 2:4`
     - `compress verify my-sparse-model --mask runs/quickstart/mask.safetensors --original asset:tiny-llama`
     """
-    from maskllm.patterns import Pattern
-    from maskllm.storage import load_masks
-
     from compress.checkpoint import read_header
     from compress.verify import verify_against, verify_checkpoint, verify_masks
+    from maskllm.patterns import Pattern
+    from maskllm.storage import load_masks
 
     for given in (path, mask):
         if given is not None and not given.exists():

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maskllm.patterns import Pattern
 from torch import Tensor
 
 from compress import __version__
+from maskllm.patterns import Pattern
 
 if TYPE_CHECKING:
     from compress.models import LoadedModel
@@ -43,7 +43,11 @@ def write_card(
         f"# {Path(loaded.source).name.removeprefix('asset:')}, {pattern} sparse\n",
         f"In every group of {pattern.m} weights along the inputs of a matrix at most {pattern.n} are not zero, in {len(masks)} parameters: "
         f"{zeros:,} of {total:,} weights are zero. "
-        + ("The weights that remain were updated by SparseGPT." if updated else "The weights that remain are those of the original, bit for bit.")
+        + (
+            "The weights that remain were updated by SparseGPT."
+            if updated
+            else "The weights that remain are those of the original, bit for bit."
+        )
         + f" Made by maskllm-compress {__version__} from `{loaded.source}`.\n",
     ]
     rows = [row for row in metrics or [] if row.get("perplexities")]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from maskllm.storage import MaskFile, save_masks, save_npz
-
 from compress.errors import UsageError
+from maskllm.storage import MaskFile, save_masks, save_npz
 
 
 def export_mask(file: MaskFile, out: Path, *, overwrite: bool = False) -> None:

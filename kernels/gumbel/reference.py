@@ -167,4 +167,3 @@ def probabilities(logits: Tensor, table: Tensor, scores: bool, draw: Draw) -> Te
     """y of every group, `[G, C]`, float32 or float64: for reports and tests; training never holds it whole."""
     table = table.to(torch.promote_types(logits.dtype, torch.float32))
     return _probabilities(logits, table, scores, draw, 0).t()
-

@@ -82,5 +82,8 @@ def test_missing_files_are_a_broken_installation(monkeypatch: pytest.MonkeyPatch
 
 
 def test_import_is_light() -> None:
-    code = "import sys, compress.assets, compress.text, compress.data; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+    code = (
+        "import sys, compress.assets, compress.text, compress.data\n"
+        "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -1,4 +1,4 @@
-"""Perplexity and divergence against straightforward computations written out here."""
+"""Perplexity and divergence against straightforward code written here."""
 
 from __future__ import annotations
 
@@ -11,405 +11,330 @@ from typing import Any
 import pytest
 import torch
 from text_fixtures import VOCAB, prose, tiny_model, tiny_tokenizer
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import compress.evaluate
 from compress.assets import asset_path
 from compress.errors import CompressError, UsageError
-from compress.evaluate import EvalText, TokenScores, evaluate_tokens, evaluation_text, perplexity, token_windows
+from compress.evaluate import EvalText, evaluate_tokens, evaluation_text, perplexity
 
-TEXT = prose(600)
-
-
-def plain_perplexity(model: Any, ids: list[int], seqlen: int, limit: int | None = None) -> float:
-    """As GPTQ's script does it: the mean cross-entropy of each window, times its length, over all."""
-    model.eval()
-    count = min(limit or len(ids), len(ids) // seqlen)
-    nlls = []
-    for i in range(count):
-        window = torch.tensor(ids[i * seqlen : (i + 1) * seqlen])[None]
-        with torch.no_grad():
-            logits = model(window).logits
-        loss = nn.CrossEntropyLoss()(logits[:, :-1].reshape(-1, logits.shape[-1]).float(), window[:, 1:].reshape(-1))
-        nlls.append(loss.double() * seqlen)
-    return math.exp(torch.stack(nlls).sum() / (count * seqlen))
+TEXT = prose(700)
 
 
-def plain_divergence(model: Any, reference: Any, windows: Tensor) -> tuple[float, float]:
-    """KL(reference || model) and equal choices, one probability at a time."""
-    model.eval(), reference.eval()
-    divergences, equal = [], []
-    for window in windows:
-        with torch.no_grad():
-            q, p = (m(window[None]).logits[0, :-1].double().softmax(-1).tolist() for m in (model, reference))
-        for p_row, q_row in zip(p, q, strict=True):
-            divergences.append(sum(a * math.log(a / b) for a, b in zip(p_row, q_row, strict=True) if a > 0))
-            equal.append(max(range(len(p_row)), key=p_row.__getitem__) == max(range(len(q_row)), key=q_row.__getitem__))
-    return sum(divergences) / len(divergences), sum(equal) / len(equal)
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return tiny_model().eval()
 
 
-# --- perplexity
+def by_hand(model: PreTrainedModel, windows: Tensor) -> float:
+    """One window at a time, transformers' own loss, mean of the means: as in the published scripts."""
+    with torch.no_grad():
+        losses = [model(input_ids=window[None], labels=window[None]).loss.item() for window in windows]
+    return math.exp(sum(losses) / len(losses))
 
 
-@pytest.mark.parametrize(("seqlen", "batch_size", "limit"), [(2, 8, None), (16, 1, None), (33, 4, 7), (64, 3, 2)])
-def test_it_is_the_perplexity_of_the_literature(seqlen: int, batch_size: int, limit: int | None) -> None:
-    model, tok = tiny_model(), tiny_tokenizer()
-    ids = tok(TEXT, verbose=False)["input_ids"]
-    found = perplexity(model, tok, TEXT, seqlen=seqlen, limit=limit, batch_size=batch_size)
-    assert found.perplexity == pytest.approx(plain_perplexity(model, ids, seqlen, limit), rel=1e-5)
-    assert found.windows == min(limit or 10**9, len(ids) // seqlen)
-    assert found.tokens == found.windows * (seqlen - 1)
-    for i in (0, found.windows - 1):
-        window = ids[i * seqlen : (i + 1) * seqlen]
-        assert found.window_perplexities[i] == pytest.approx(plain_perplexity(model, window, seqlen), rel=1e-5)
-    assert len(found.window_perplexities) == found.windows
+def cut(ids: list[int], length: int) -> Tensor:
+    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
 
 
-def test_an_embedded_model_on_wikitext2() -> None:
-    """The real thing, small: weights of a file, its tokenizer, the text that the papers score."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+# --- the number itself
 
+
+def test_the_embedded_model_on_wikitext() -> None:
+    """The protocol end to end on real weights; the other side of the comparison shares no code with the package."""
     folder = asset_path("tiny-llama")
-    model, tok = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
-    text = asset_path("wikitext2-test").read_bytes().decode()
-    found = perplexity(model, tok, evaluation_text(), seqlen=256, limit=4)
-    assert found.perplexity == pytest.approx(plain_perplexity(model, tok(text, verbose=False)["input_ids"], 256, 4), rel=1e-6)
-    assert 5 < found.perplexity < 500  # trained: far below the 4,096 of a uniform guess
+    real = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tok = AutoTokenizer.from_pretrained(folder)
+    found = perplexity(real, tok, evaluation_text("asset:wikitext2-test"), seqlen=256, limit=4)
+
+    text = (folder.parent.parent / "text" / "wikitext2" / "test.txt").read_bytes()
+    ids = torch.tensor(tok(text.decode("utf-8")[:20_000])["input_ids"])[: 4 * 256].view(4, 256)
+    total = 0.0
+    with torch.no_grad():
+        for window in ids:
+            log_p = torch.log_softmax(real(window[None]).logits[0].double(), -1)
+            total -= sum(log_p[i, window[i + 1]].item() for i in range(255))
+    assert found.perplexity == pytest.approx(math.exp(total / (4 * 255)), rel=1e-5)
+    assert found.perplexity < 300  # it has learned something: a uniform guess scores 4096
+    assert (found.windows, found.tokens, found.seqlen, found.bos, found.dtype) == (4, 1020, 256, "none", "float32")
+    assert found.data_sha256 == hashlib.sha256(text).hexdigest()
 
 
-def test_a_uniform_model_has_the_perplexity_of_its_vocabulary() -> None:
-    model = tiny_model()
-    nn.init.zeros_(model.lm_head.weight)
-    found = perplexity(model, tiny_tokenizer(), TEXT, seqlen=32)
-    assert found.perplexity == pytest.approx(VOCAB, rel=1e-5)
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+@pytest.mark.parametrize("limit", [None, 5])
+def test_it_is_the_published_protocol(model: PreTrainedModel, batch_size: int, limit: int | None) -> None:
+    tok = tiny_tokenizer()
+    windows = cut(tok(TEXT)["input_ids"], 64)[:limit]
+    found = perplexity(model, tok, TEXT, seqlen=64, limit=limit, batch_size=batch_size)
+    assert found.perplexity == pytest.approx(by_hand(model, windows), rel=1e-5)
+    assert found.windows == len(windows) == len(found.window_perplexities)
+    assert found.tokens == len(windows) * 63
+    assert found.window_perplexities[2] == pytest.approx(by_hand(model, windows[2:3]), rel=1e-5)
+    assert math.exp(sum(map(math.log, found.window_perplexities)) / found.windows) == pytest.approx(found.perplexity, rel=1e-9)
 
 
-def test_small_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, reference, tok = tiny_model(0), tiny_model(1), tiny_tokenizer()
-    whole = perplexity(model, tok, TEXT, seqlen=50, limit=5, reference=reference)
+def test_chunks_of_positions_change_nothing(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = cut(tiny_tokenizer()(TEXT)["input_ids"], 64)[:3]
+    reference = tiny_model(1).eval()
+    whole = evaluate_tokens(model, ids, reference=reference)
     monkeypatch.setattr(compress.evaluate, "_CHUNK_ELEMENTS", 7 * VOCAB)
-    parts = perplexity(model, tok, TEXT, seqlen=50, limit=5, reference=reference)
-    assert parts.window_perplexities == pytest.approx(whole.window_perplexities, rel=1e-6)
+    parts = evaluate_tokens(model, ids, reference=reference)
+    assert parts.nll == pytest.approx(whole.nll, rel=1e-6)
     assert parts.kl == pytest.approx(whole.kl, rel=1e-6)
     assert parts.top1_agreement == whole.top1_agreement
 
 
-def test_half_precision_is_scored_in_fp32() -> None:
-    model, tok = tiny_model().to(torch.bfloat16), tiny_tokenizer()
-    found = perplexity(model, tok, TEXT, seqlen=32)
-    assert found.dtype == "bfloat16"
-    assert found.perplexity == pytest.approx(plain_perplexity(model, tok(TEXT, verbose=False)["input_ids"], 32), rel=1e-5)
+def test_bos_as_the_tokenizer_has_it(model: PreTrainedModel) -> None:
+    plain, adds, behind = tiny_tokenizer(bos=True), tiny_tokenizer(adds_bos=True), tiny_tokenizer(bos=True, adds_eos=True)
+    bare = plain(TEXT, add_special_tokens=False)["input_ids"]
+    bos = plain.bos_token_id
+
+    def run(tok: Any, how: Any) -> tuple[float, str]:
+        found = perplexity(model, tok, TEXT, seqlen=32, bos=how, limit=9)
+        assert ("BOS" in found.protocol) == (found.bos != "none")
+        return found.perplexity, found.bos
+
+    none = by_hand(model, cut(bare, 32)[:9])
+    once = by_hand(model, cut([bos, *bare], 32)[:9])
+    every = by_hand(model, torch.cat([torch.full((9, 1), bos), cut(bare, 31)[:9]], 1))
+    assert len({none, once, every}) == 3
+    for tok, how, expected, stated in [
+        (plain, "auto", none, "none"),
+        (adds, "auto", once, "once"),
+        (behind, "auto", none, "none"),  # an EOS behind the text is no BOS
+        (adds, "none", none, "none"),
+        (plain, "every", every, "every window"),
+        (adds, "every", every, "every window"),
+    ]:
+        value, said = run(tok, how)
+        assert value == pytest.approx(expected, rel=1e-5)
+        assert said == stated
 
 
-# --- BOS
-
-
-def test_bos_auto_without_and_with_a_tokenizer_that_adds_it() -> None:
-    model, plain = tiny_model(), tiny_tokenizer(bos=True)
-    assert perplexity(model, plain, TEXT, seqlen=32).bos == "none"
-    adding = tiny_tokenizer(adds_bos=True)
-    ids = adding(TEXT, verbose=False)["input_ids"]
-    assert ids[0] == adding.bos_token_id
-    found = perplexity(model, adding, TEXT, seqlen=32)
-    assert found.bos == "once"
-    assert found.perplexity == pytest.approx(plain_perplexity(model, ids, 32), rel=1e-5)
-    none = perplexity(model, adding, TEXT, seqlen=32, bos="none")
-    assert none.bos == "none"
-    assert none.perplexity == pytest.approx(plain_perplexity(model, ids[1:], 32), rel=1e-5)
-
-
-def test_an_eos_behind_the_text_is_not_taken_for_a_bos() -> None:
-    _, stated = token_windows(tiny_tokenizer(bos=True, adds_eos=True), EvalText.of(TEXT), 32, "auto")
-    assert stated == "none"
-    _, stated = token_windows(tiny_tokenizer(adds_bos=True, adds_eos=True), EvalText.of(TEXT), 32, "auto")
-    assert stated == "once"
-
-
-def test_bos_every_window_is_given_and_not_predicted() -> None:
-    model, tok = tiny_model(), tiny_tokenizer(adds_bos=True)
-    ids = tok(TEXT, add_special_tokens=False, verbose=False)["input_ids"]
-    found = perplexity(model, tok, TEXT, seqlen=32, bos="every")
-    assert found.bos == "every window"
-    assert found.windows == len(ids) // 31
-    assert found.tokens == found.windows * 31  # every token of the text in a window is predicted
-    windows = [[tok.bos_token_id, *ids[i * 31 : (i + 1) * 31]] for i in range(found.windows)]
-    assert found.perplexity == pytest.approx(plain_perplexity(model, sum(windows, []), 32), rel=1e-5)
-    assert "BOS given and not predicted" in found.protocol
-
-
-def test_bos_every_needs_a_bos() -> None:
-    with pytest.raises(UsageError, match="no BOS token"):
-        perplexity(tiny_model(), tiny_tokenizer(), TEXT, seqlen=32, bos="every")
-    with pytest.raises(UsageError, match="auto, none or every"):
-        perplexity(tiny_model(), tiny_tokenizer(), TEXT, seqlen=32, bos="sometimes")  # type: ignore[arg-type]
-
-
-# --- the result
-
-
-def test_what_a_result_states() -> None:
-    calls: list[tuple[int, int, float]] = []
+def test_the_default_length_is_what_the_model_can_hold(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     tok = tiny_tokenizer()
-    found = perplexity(
-        tiny_model(), tok, EvalText.of(TEXT, "prose"), seqlen=32, limit=5, batch_size=2, progress=lambda *call: calls.append(call)
-    )
-    assert found.data_sha256 == hashlib.sha256(TEXT.encode()).hexdigest()
-    assert (found.seqlen, found.windows, found.dtype) == (32, 5, "float32")
-    assert found.seconds > 0
-    assert found.tokens_per_second == pytest.approx(5 * 32 / found.seconds)
-    assert [(done, total) for done, total, _ in calls] == [(2, 5), (4, 5), (5, 5)]
-    assert calls[-1][2] == pytest.approx(found.perplexity)
-    for said in ("gptq-windows", "no special token added", "first 5 non-overlapping windows of 32 tokens", "31 predicted tokens"):
-        assert said in found.protocol
+    assert perplexity(model, tok, TEXT, limit=1).seqlen == 128
+    assert perplexity(model, tok, TEXT, limit=1, reference=tiny_model(positions=48).eval()).seqlen == 48
+    monkeypatch.setattr(compress.evaluate, "DEFAULT_SEQLEN", 40)
+    assert perplexity(model, tok, TEXT, limit=1).seqlen == 40
 
 
-KEYS = {
-    *("perplexity", "tokens", "windows", "seqlen", "bos", "dtype", "protocol", "data_sha256"),
-    *("seconds", "tokens_per_second", "window_perplexities"),
-}
+# --- a reference
 
 
-def test_json() -> None:
-    alone = perplexity(tiny_model(), tiny_tokenizer(), TEXT, seqlen=32, limit=2).to_json()
-    assert set(alone) == KEYS
-    assert json.loads(json.dumps(alone)) == alone
-    compared = perplexity(tiny_model(), tiny_tokenizer(), TEXT, seqlen=32, limit=2, reference=tiny_model(1)).to_json()
-    assert set(compared) == KEYS | {"kl", "top1_agreement"}
-
-
-def test_the_default_window_is_2048_or_what_the_model_has() -> None:
-    tok = tiny_tokenizer()
-    assert perplexity(tiny_model(positions=128), tok, TEXT).seqlen == 128
-    assert perplexity(tiny_model(positions=128), tok, TEXT, reference=tiny_model(positions=64)).seqlen == 64
-    assert perplexity(tiny_model(positions=4096), tok, prose(6000), limit=1).seqlen == 2048
-
-
-def test_no_warning_about_the_length(capfd: pytest.CaptureFixture[str]) -> None:
-    perplexity(tiny_model(), tiny_tokenizer(), TEXT, seqlen=128, limit=1)
-    captured = capfd.readouterr()
-    assert "longer than" not in captured.err + captured.out
-
-
-# --- reference
-
-
-def test_divergence_against_a_brute_force() -> None:
-    model, reference, tok = tiny_model(0), tiny_model(1), tiny_tokenizer()
-    windows, _ = token_windows(tok, EvalText.of(TEXT), 24, "auto")
-    kl, agreement = plain_divergence(model, reference, windows[:4])
-    found = perplexity(model, tok, TEXT, seqlen=24, limit=4, batch_size=3, reference=reference)
-    assert found.kl == pytest.approx(kl, rel=1e-5)
-    assert found.top1_agreement == agreement
-    other_way, _ = plain_divergence(reference, model, windows[:4])
-    assert found.kl != pytest.approx(other_way, rel=1e-3)  # the direction is KL(reference || model)
-
-
-def test_partial_agreement_is_a_share() -> None:
-    reference, tok = tiny_model(0), tiny_tokenizer()
-    model = tiny_model(0)
+def test_divergence_by_brute_force(model: PreTrainedModel) -> None:
+    tok, reference = tiny_tokenizer(), tiny_model().eval()
+    with torch.no_grad():  # near enough to agree at some positions
+        reference.lm_head.weight.add_(torch.randn(VOCAB, 32, generator=torch.Generator().manual_seed(5)) * 0.05)
+    windows = cut(tok(TEXT)["input_ids"], 32)[:6]
+    kl, agreeing, count = 0.0, 0, 0
     with torch.no_grad():
-        model.lm_head.weight.add_(torch.randn_like(model.lm_head.weight) * 0.5)
-    windows, _ = token_windows(tok, EvalText.of(TEXT), 24, "auto")
-    _, agreement = plain_divergence(model, reference, windows[:4])
-    assert 0.1 < agreement < 0.99
-    assert perplexity(model, tok, TEXT, seqlen=24, limit=4, reference=reference).top1_agreement == pytest.approx(agreement)
+        for window in windows:
+            q, p = (m(input_ids=window[None]).logits[0, :-1].double().softmax(-1) for m in (model, reference))
+            for position in range(31):
+                kl += sum(a * math.log(a / b) for a, b in zip(p[position].tolist(), q[position].tolist(), strict=True))
+                agreeing += int(p[position].argmax() == q[position].argmax())
+                count += 1
+    found = perplexity(model, tok, TEXT, seqlen=32, limit=6, batch_size=4, reference=reference)
+    assert found.kl == pytest.approx(kl / count, rel=1e-4)
+    assert found.top1_agreement == pytest.approx(agreeing / count)
+    assert 0 < agreeing < count
+    assert found.perplexity == pytest.approx(by_hand(model, windows), rel=1e-5)  # the model's, not the reference's
 
 
-def test_a_model_is_no_distance_from_itself() -> None:
-    model = tiny_model()
-    found = perplexity(model, tiny_tokenizer(), TEXT, seqlen=32, limit=3, reference=model)
-    assert found.kl == 0
+def test_a_model_agrees_with_itself(model: PreTrainedModel) -> None:
+    found = perplexity(model, tiny_tokenizer(), TEXT, seqlen=32, limit=2, reference=model)
+    assert found.kl == pytest.approx(0, abs=1e-9)
     assert found.top1_agreement == 1
 
 
-def test_a_reference_may_exclude_a_token_that_the_model_excludes() -> None:
-    """p = 0 contributes 0 to the divergence, whatever log q is."""
-
-    def exclude(module: nn.Module, args: Any, out: Tensor) -> Tensor:
-        return out.index_fill(-1, torch.tensor([VOCAB - 1]), -math.inf)
-
-    model, reference = tiny_model(0), tiny_model(1)
-    for each in (model, reference):
-        each.lm_head.register_forward_hook(exclude)
-    found = evaluate_tokens(model, torch.arange(64).view(2, 32), reference=reference)
-    assert found.kl is not None
-    assert 0 < found.kl < math.inf
+def test_a_vocabulary_of_another_size_is_refused(model: PreTrainedModel) -> None:
+    with pytest.raises(UsageError, match="vocabulary of 300 and the reference one of 400"):
+        perplexity(model, tiny_tokenizer(), TEXT, seqlen=32, limit=1, reference=tiny_model(vocab=400))
 
 
-def test_the_reference_must_share_the_vocabulary() -> None:
-    with pytest.raises(UsageError, match="vocabulary of 300 and the reference one of 304"):
-        perplexity(tiny_model(), tiny_tokenizer(), TEXT, seqlen=32, reference=tiny_model(vocab=304))
+# --- what is recorded
 
 
-# --- faults
+def test_json(model: PreTrainedModel) -> None:
+    always = {
+        *("perplexity", "tokens", "windows", "seqlen", "bos", "dtype", "protocol", "data_sha256"),
+        *("seconds", "tokens_per_second", "window_perplexities"),
+    }
+    found = perplexity(model, tiny_tokenizer(), TEXT, seqlen=32, limit=2).to_json()
+    assert set(found) == always
+    assert json.loads(json.dumps(found)) == found
+    assert found["data_sha256"] == hashlib.sha256(TEXT.encode()).hexdigest()
+    assert found["tokens_per_second"] == pytest.approx(64 / found["seconds"])
+    assert set(perplexity(model, tiny_tokenizer(), TEXT, seqlen=32, limit=2, reference=model).to_json()) == {
+        *always,
+        *("kl", "top1_agreement"),
+    }
 
 
-def test_a_text_shorter_than_a_window_says_both_counts() -> None:
-    tok = tiny_tokenizer()
-    count = len(tok(prose(20))["input_ids"])
-    with pytest.raises(UsageError, match=f"prose has {count} tokens and one window needs 128"):
-        perplexity(tiny_model(), tok, EvalText.of(prose(20), "prose"), seqlen=128)
+def test_bfloat16_is_said_and_close(model: PreTrainedModel) -> None:
+    half = tiny_model().to(torch.bfloat16).eval()
+    found = perplexity(half, tiny_tokenizer(), TEXT, seqlen=64, limit=3)
+    assert found.dtype == "bfloat16"
+    assert found.perplexity == pytest.approx(perplexity(model, tiny_tokenizer(), TEXT, seqlen=64, limit=3).perplexity, rel=0.05)
 
 
-def test_a_window_longer_than_the_model() -> None:
-    with pytest.raises(UsageError, match="129 tokens are longer than the 128 positions"):
-        perplexity(tiny_model(), tiny_tokenizer(), TEXT, seqlen=129)
-    with pytest.raises(UsageError, match="longer than the 64 positions"):
-        perplexity(tiny_model(), tiny_tokenizer(), TEXT, seqlen=128, reference=tiny_model(positions=64))
+def test_progress_is_told_after_each_batch(model: PreTrainedModel) -> None:
+    told: list[tuple[int, int, float]] = []
+    found = perplexity(model, tiny_tokenizer(), TEXT, seqlen=32, limit=5, batch_size=2, progress=lambda *news: told.append(news))
+    assert [news[:2] for news in told] == [(2, 5), (4, 5), (5, 5)]
+    assert told[-1][2] == pytest.approx(found.perplexity)
 
 
-def test_a_tokenizer_of_another_model() -> None:
-    with pytest.raises(UsageError, match="the tokenizer is not the model's"):
-        perplexity(tiny_model(vocab=64), tiny_tokenizer(), TEXT, seqlen=32)
-
-
-def test_an_output_that_is_not_finite() -> None:
-    broken = tiny_model()
-    with torch.no_grad():
-        broken.model.norm.weight[3] = math.nan
-    with pytest.raises(CompressError, match="output of the model is not finite .* window 0") as caught:
-        perplexity(broken, tiny_tokenizer(), TEXT, seqlen=32)
-    assert not isinstance(caught.value, UsageError)
-    with pytest.raises(CompressError, match="divergence from the reference is not finite"):
-        perplexity(tiny_model(), tiny_tokenizer(), TEXT, seqlen=32, reference=broken)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"), [({"seqlen": 1}, "at least 2"), ({"limit": 0}, "at least 1"), ({"batch_size": 0}, "at least 1")]
-)
-def test_impossible_numbers(wrong: dict[str, int], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        perplexity(tiny_model(), tiny_tokenizer(), TEXT, **{"seqlen": 32, **wrong})
+def test_a_long_text_draws_no_warning(
+    model: PreTrainedModel, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    perplexity(model, tiny_tokenizer(), TEXT, seqlen=32, limit=1)
+    assert "longer than" not in caplog.text + capsys.readouterr().err
 
 
 # --- amid training
 
 
-def test_evaluate_tokens_scores_the_same_windows() -> None:
-    model, reference, tok = tiny_model(0), tiny_model(1), tiny_tokenizer()
-    windows, _ = token_windows(tok, EvalText.of(TEXT), 32, "auto")
-    scores = evaluate_tokens(model, windows[:5], batch_size=2, reference=reference)
-    whole = perplexity(model, tok, TEXT, seqlen=32, limit=5, reference=reference)
-    assert scores.perplexity == pytest.approx(whole.perplexity, rel=1e-6)
-    assert (scores.tokens, len(scores.window_nlls)) == (5 * 31, 5)
-    assert scores.nll == pytest.approx(sum(scores.window_nlls) / 5)
-    assert (scores.kl, scores.top1_agreement) == (pytest.approx(whole.kl, rel=1e-5), whole.top1_agreement)
-
-
-def test_every_module_gets_its_mode_back_and_training_goes_on() -> None:
+def test_training_modes_come_back_and_dropout_is_off() -> None:
     model = tiny_model().train()
-    model.model.layers[0].self_attn.eval()  # a part that is frozen in evaluation mode
-    before = [module.training for module in model.modules()]
-    ids = torch.arange(64).view(2, 32)
-    first, second = evaluate_tokens(model, ids), evaluate_tokens(model, ids)
-    assert first == second
-    assert [module.training for module in model.modules()] == before
-    model(input_ids=ids, labels=ids).loss.backward()
-    assert model.lm_head.weight.grad is not None
-
-
-def test_dropout_is_off_in_the_model_and_the_reference() -> None:
-    model, reference = tiny_model(0).train(), tiny_model(1).train()
-    ids = torch.arange(64).view(2, 32)
-    trained = evaluate_tokens(model, ids, reference=reference)
-    assert trained == evaluate_tokens(model.eval(), ids, reference=reference.eval())
+    model.model.norm.eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    ids = cut(tiny_tokenizer()(TEXT)["input_ids"], 32)[:4]
+    scores = evaluate_tokens(model, ids)
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert scores.perplexity == pytest.approx(by_hand(model.eval(), ids), rel=1e-5)
+    assert scores.tokens == 4 * 31
+    assert scores.kl is None
 
 
 def test_modes_come_back_after_an_error() -> None:
     model = tiny_model().train()
     with torch.no_grad():
-        model.lm_head.weight.fill_(math.nan)
-    with pytest.raises(CompressError):
-        evaluate_tokens(model, torch.arange(64).view(2, 32))
+        model.lm_head.weight[5, 5] = math.nan
+    with pytest.raises(CompressError, match="not finite"):
+        evaluate_tokens(model, torch.zeros(1, 8, dtype=torch.int64))
     assert all(module.training for module in model.modules())
 
 
-@pytest.mark.parametrize("shape", [(0, 8), (8,), (3, 1)])
-def test_windows_of_the_wrong_shape(shape: tuple[int, ...]) -> None:
-    with pytest.raises(UsageError, match=r"\[windows, seqlen\]"):
-        evaluate_tokens(tiny_model(), torch.zeros(shape, dtype=torch.int64))
+def test_a_step_of_training_can_follow() -> None:
+    model = tiny_model().train()
+    ids = cut(tiny_tokenizer()(TEXT)["input_ids"], 32)[:1]
+    evaluate_tokens(model, ids)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert model.lm_head.weight.grad is not None
 
 
-def test_a_hopeless_score_is_infinite_not_an_overflow() -> None:
-    assert TokenScores(nll=1e4, tokens=1, window_nlls=[1e4]).perplexity == math.inf
+# --- faults
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seqlen": 129}, "longer than the 128 positions of this model; use --seqlen 128"),
+        ({"seqlen": 1}, "at least 2"),
+        ({"seqlen": 32, "limit": 0}, "limit is 0"),
+        ({"seqlen": 32, "batch_size": 0}, "batch size is 0"),
+        ({"seqlen": 32, "bos": "every"}, "no BOS token"),
+        ({"seqlen": 32, "bos": "maybe"}, "auto, none or every"),
+        ({"seqlen": 32, "reference": "short"}, "longer than the 16 positions"),
+    ],
+)
+def test_impossible_requests(model: PreTrainedModel, options: dict[str, Any], message: str) -> None:
+    if "reference" in options:
+        options = {**options, "reference": tiny_model(positions=16)}
+    with pytest.raises(UsageError, match=message):
+        perplexity(model, tiny_tokenizer(), TEXT, **options)
+
+
+def test_too_short_a_text_says_how_short(model: PreTrainedModel) -> None:
+    tok = tiny_tokenizer()
+    count = len(tok("the group of four")["input_ids"])
+    with pytest.raises(UsageError, match=f"note has {count} tokens and one window needs 64"):
+        perplexity(model, tok, EvalText.of("the group of four", "note"), seqlen=64)
+
+
+def test_a_tokenizer_of_another_model() -> None:
+    with pytest.raises(UsageError, match="the tokenizer is not the model's"):
+        perplexity(tiny_model(vocab=200), tiny_tokenizer(), TEXT, seqlen=32)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_damaged_weights_are_not_a_perplexity(value: float) -> None:
+    broken = tiny_model()
+    with torch.no_grad():
+        broken.lm_head.weight[3, 3] = value
+    with pytest.raises(CompressError, match="output of the model is not finite .* in window 0") as caught:
+        perplexity(broken, tiny_tokenizer(), TEXT, seqlen=32, limit=1)
+    assert not isinstance(caught.value, UsageError)
+    with pytest.raises(CompressError, match="divergence from the reference is not finite"):
+        perplexity(tiny_model(), tiny_tokenizer(), TEXT, seqlen=32, limit=1, reference=broken)
+
+
+def test_a_token_masked_out_by_both_is_no_divergence() -> None:
+    """log p = log q = -inf at a token gives 0, not NaN."""
+    logits = torch.randn(4, VOCAB)
+    logits[:, 7] = -math.inf
+    sums = compress.evaluate._window_sums(logits, torch.tensor([1, 2, 3, 4]), logits.clone())
+    assert sums[0] == pytest.approx(
+        functional.cross_entropy(logits, torch.tensor([1, 2, 3, 4]), reduction="sum").item(), rel=1e-5
+    )
+    assert sums[1] == 0
+    assert sums[2] == 4
 
 
 # --- texts
 
 
-def test_the_default_text_is_the_embedded_wikitext2() -> None:
-    text = evaluation_text()
-    raw = asset_path("wikitext2-test").read_bytes()
-    assert text.text.encode() == raw
-    assert text.sha256 == hashlib.sha256(raw).hexdigest()
-    assert text == evaluation_text("asset:wikitext2-test")
-
-
-def test_a_file_is_taken_as_it_is(tmp_path: Path) -> None:
-    raw = "\r\n a \n\n – b\n".encode()
-    for name in ("a.txt", "no_suffix", "notes.md"):
-        (tmp_path / name).write_bytes(raw)
-        text = evaluation_text(str(tmp_path / name))
-        assert text.text.encode() == raw
-        assert (text.label, text.sha256) == (str(tmp_path / name), hashlib.sha256(raw).hexdigest())
-
-
-def test_the_records_of_a_file_are_joined_by_blank_lines(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "one\\n"}\n{"text": ""}\n{"text": "two"}\n')
-    assert evaluation_text(str(tmp_path / "a.jsonl")).text == "one\n\n\n\n\ntwo"
+def test_texts_by_name(tmp_path: Path) -> None:
+    default = evaluation_text()
+    assert default.label == "asset:wikitext2-test"
+    assert default.sha256 == hashlib.sha256(asset_path("wikitext2-test").read_bytes()).hexdigest()
+    raw = "\n one\r\n\n two "
+    (tmp_path / "note").write_bytes(raw.encode())  # a name without suffix is plain text
+    assert evaluation_text(str(tmp_path / "note")).text == raw
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": ""}\n{"text": "b"}\n')
+    assert evaluation_text(str(tmp_path / "rows.jsonl")).text == "a\n\n\n\nb"
 
 
 @pytest.mark.parametrize(
-    ("spec", "args", "split", "field", "label"),
+    ("spec", "asked"),
     [
-        (
-            "wikitext",
-            ("Salesforce/wikitext", "wikitext-2-raw-v1"),
-            "test",
-            "text",
-            "Salesforce/wikitext:wikitext-2-raw-v1:test:text",
-        ),
-        ("org/set", ("org/set", None), "test", "text", "org/set:test:text"),
-        ("org/set:en", ("org/set", "en"), "test", "text", "org/set:en:test:text"),
-        ("org/set::dev:body", ("org/set", None), "dev", "body", "org/set:dev:body"),
+        ("wikitext", ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", "text")),
+        ("some/set", ("some/set", None, "test", "text")),
+        ("some/set:en", ("some/set", "en", "test", "text")),
+        ("some/set::validation:body", ("some/set", None, "validation", "body")),
     ],
 )
-def test_hub_texts(monkeypatch: pytest.MonkeyPatch, spec: str, args: tuple[str, Any], split: str, field: str, label: str) -> None:
+def test_a_hub_text_is_its_rows_joined_by_blank_lines(
+    monkeypatch: pytest.MonkeyPatch, spec: str, asked: tuple[str, str | None, str, str]
+) -> None:
     import datasets
 
-    asked: list[Any] = []
+    dataset, config, split, field = asked
 
-    def load(*got: Any, **kwargs: Any) -> Any:
-        asked.append((got, kwargs))
-        return datasets.Dataset.from_dict({field: ["", " = Title = \n", "", " text \n"]})
+    def load(*args: Any, **kwargs: Any) -> Any:
+        assert args == (dataset, config)
+        assert kwargs["split"] == split
+        return datasets.Dataset.from_dict({field: ["", " = T = \n", "x"]})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    text = evaluation_text(spec)
-    assert asked == [(args, {"split": split, "streaming": False})]
-    assert text.text == "\n\n = Title = \n\n\n\n\n text \n"
-    assert text.label == label
-
-
-def test_a_dataset_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "test.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
-    assert evaluation_text(str(tmp_path / "set")).text == "one\n\ntwo"
+    assert evaluation_text(spec).text == "\n\n = T = \n\n\nx"
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("missing.txt", "there is no file missing.txt"),
-        ("/nowhere/data", "there is no file /nowhere/data"),
+        ("asset:wikitext2-tset", "did you mean 'asset:wikitext2-test'"),
+        ("./none", "there is no file"),
+        ("none.txt", "there is no file none.txt"),
         ("a:b:c:d:e", "is no text"),
-        ("asset:wikitext", "asset:wikitext2"),
-        ("asset:tiny-moe", "is a model, not a text"),
+        ("asset:tiny-llama", "is a model"),
     ],
 )
-def test_texts_that_are_not_there(spec: str, message: str) -> None:
+def test_texts_that_are_none(spec: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         evaluation_text(spec)
 

@@ -1,18 +1,36 @@
-"""A tiny tokenizer and tiny language models, built on the spot, for the tests of text and of evaluation."""
+"""A tiny tokenizer, tiny language models and small text files, built on the spot, for the tests of text and of evaluation."""
 
 from __future__ import annotations
 
+import gzip
+import json
 import random
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCAB = 300
 WORDS = (
-    "the of a to in is that mask keeps two weights four group model learns text token window block seed epoch paper "
-    "expert router layer scale sparse dense metric loss Ångström naïve 数字"
-).split()
+    "the",
+    "of",
+    "a",
+    "mask",
+    "keeps",
+    "two",
+    "weights",
+    "four",
+    "group",
+    "token",
+    "window",
+    "block",
+    "Ångström",
+    "naïve",
+    "数字",
+)
 
 
 def prose(words: int, seed: int = 0) -> str:
@@ -70,3 +88,24 @@ def tiny_model(seed: int = 0, vocab: int = VOCAB, positions: int = 128) -> Llama
     with torch.no_grad():
         model.lm_head.weight.mul_(8)
     return model
+
+
+DOCUMENTS = ["first\none", "", "zweites – Ü", "third\r\nline", "4", "five five", "six", "seven", "eight", "nine"]
+
+
+def record_lines(field: str = "text") -> str:
+    return "".join(json.dumps({"id": i, field: document}) + "\n" for i, document in enumerate(DOCUMENTS))
+
+
+def write_records(folder: Path, kind: str, field: str = "text") -> Path:
+    """DOCUMENTS in one of the file formats."""
+    path = folder / kind
+    if kind.endswith(".parquet"):
+        pq.write_table(pa.table({"id": list(range(len(DOCUMENTS))), field: DOCUMENTS}), path, row_group_size=3)
+    elif kind.endswith(".gz"):
+        path.write_bytes(gzip.compress(record_lines(field).encode()))
+    elif kind == "array.json":
+        path.write_text(json.dumps([{field: document} for document in DOCUMENTS], indent=1), encoding="utf-8")
+    else:
+        path.write_text(record_lines(field), encoding="utf-8")
+    return path
