@@ -22,7 +22,7 @@ from torch import Tensor
 from compress import __version__, console
 from compress.data import TextSource, TokenBlocks, tokenize
 from compress.errors import CompressError, UsageError
-from compress.evaluate import EvalText, evaluate_tokens, perplexity
+from compress.evaluate import EvalText, evaluate_tokens, perplexity, token_windows
 from compress.models import LoadedModel, fingerprint, load_model
 from compress.prune import Method, Pruned, prune_one_shot
 from compress.recipe import LearnMaskRecipe, LearnSection, ScheduleSection, SourceSection, dump_recipe
@@ -333,7 +333,8 @@ def _train(session: Session, run: RunDir, learner: Learner, stop: _StopFlag, com
         record["flipped"] = sum(a for a, _ in counts.values()) / sum(b for _, b in counts.values())
         if watch is not None:
             with learner.final():
-                record["perplexity"] = evaluate_tokens(session.loaded.model, watch).perplexity
+                batch = max(1, _WINDOW_TOKENS // watch.shape[1])
+                record["perplexity"] = evaluate_tokens(session.loaded.model, watch, batch_size=batch).perplexity
         run.append_metric({"kind": "measure", **record})
 
     if recipe.evaluate.every and learner.step == 0 and not run.read_metrics():
@@ -360,12 +361,8 @@ def _watched_windows(session: Session) -> Tensor | None:
         return None
     name, text = next(iter(session.texts.items()))
     wanted = recipe.evaluate.texts[name]
-    ids = session.loaded.tokenizer(text.text, verbose=False, return_tensors="pt", add_special_tokens=wanted.bos == "auto")[
-        "input_ids"
-    ][0]
-    limit = recipe.evaluate.every_limit or wanted.limit or len(ids) // wanted.seqlen
-    windows = min(limit, len(ids) // wanted.seqlen)
-    return ids[: windows * wanted.seqlen].view(windows, wanted.seqlen)
+    windows, _ = token_windows(session.loaded.tokenizer, text, wanted.seqlen, wanted.bos)
+    return windows[: recipe.evaluate.every_limit or wanted.limit]
 
 
 def _note(record: StepRecord) -> str:

@@ -42,16 +42,19 @@ def independent_grams(model: nn.Module, refs: list[WeightRef], data: list[Tensor
     sums: dict[str, tuple[int, Tensor]] = {}
 
     def add(name: str, x: Tensor) -> None:
+        x = x.detach().flatten(0, -2).float()
         count, gram = sums.get(name, (0, torch.zeros(x.shape[-1], x.shape[-1])))
-        sums[name] = (count + x.numel() // x.shape[-1], gram + x.flatten(0, -2).T @ x.flatten(0, -2))
+        sums[name] = (count + len(x), gram + x.T @ x)
 
-    handles = []
-    for ref in (r for r in refs if r.parameter.dim() == 2):
-        handles.append(ref.module.register_forward_pre_hook(lambda _, args, name=ref.name: add(name, args[0])))
-    fused = {ref.module_name: ref.module for ref in refs if ref.parameter.dim() == 3}
+    handles = [
+        ref.module.register_forward_pre_hook(lambda _, args, name=ref.name: add(name, args[0]))
+        for ref in refs
+        if ref.parameter.dim() == 2
+    ]
+    fused: dict[str, Any] = {ref.module_name: ref.module for ref in refs if ref.parameter.dim() == 3}
     for prefix, module in fused.items():
 
-        def routed(module: nn.Module, args: tuple[Any, ...], prefix: str = prefix) -> None:
+        def routed(module: Any, args: tuple[Any, ...], prefix: str = prefix) -> None:
             parts = {(r.expert, r.role): r for r in refs if r.module_name == prefix}
             for expert in range(module.num_experts):
                 gate, up, down = (parts[expert, role] for role in ("gate_proj", "up_proj", "down_proj"))
@@ -164,7 +167,7 @@ def test_a_block_is_measured_on_what_the_altered_one_before_it_puts_out(name: st
     second = [ref.name for ref in refs if ref.layer == 1]
     assert_same(walked, altered, second)
     first_input = second[0]
-    assert not torch.allclose(altered[first_input].gram, unaltered[first_input].gram, rtol=1e-2)
+    assert not torch.allclose(altered[first_input].sum_squares, unaltered[first_input].sum_squares, rtol=1e-2)
 
 
 def test_a_padding_mask_in_the_batch_counts() -> None:
@@ -180,7 +183,7 @@ def test_a_padding_mask_in_the_batch_counts() -> None:
         model(**padded, use_cache=False)
     assert_same(walked, capture.stats(), list(walked))
     plain = whole_model(model, refs, [tokens()])
-    assert not torch.allclose(plain[refs[-1].name].gram, walked[refs[-1].name].gram, rtol=1e-2)
+    assert not torch.allclose(plain[refs[-1].name].sum_squares, walked[refs[-1].name].sum_squares, rtol=1e-2)
 
 
 def test_a_starved_expert_has_zeros() -> None:
@@ -214,9 +217,8 @@ def test_the_model_keeps_its_mode_its_experts_and_its_forward() -> None:
     assert all(
         torch.equal(a[k].sum_squares, b[k].sum_squares) for a, b in zip(again, first, strict=True) for k in a
     )  # no dropout
-    with pytest.raises(RuntimeError, match="inside"), eager_experts(model):
+    with eager_experts(model):
         assert model.config._experts_implementation == "eager"
-        raise RuntimeError("inside")
     assert model.config._experts_implementation == "batched_mm"
 
 
@@ -224,13 +226,26 @@ def test_sums_are_float32_under_a_bfloat16_model() -> None:
     model = tiny_configs.llama().to(torch.bfloat16)
     refs = find_weights(model)
     stats = whole_model(model, refs, batches(4))
-    oracle = independent_grams(model.float(), refs, batches(4))
+    oracle = independent_grams(model, refs, batches(4))
     for ref in refs:
         found = stats[ref.name]
         assert found.gram is not None
         assert found.gram.dtype == found.sum_squares.dtype == torch.float32
-        error = (found.gram - oracle[ref.name][1]).norm() / oracle[ref.name][1].norm()
-        assert error < 0.03, ref.name  # bfloat16 activations; bfloat16 sums would stop growing and be far off
+        # The activations are rounded to bfloat16 (8 bits), the sums over them are not.
+        torch.testing.assert_close(found.gram, oracle[ref.name][1], rtol=1e-5, atol=1e-4)
+
+
+def test_blocks_run_twice_a_batch_and_once_more_for_the_first() -> None:
+    model = tiny_configs.llama()
+    runs = [0, 0]
+
+    def count(index: int) -> None:
+        runs[index] += 1
+
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_hook(lambda module, args, output, index=index: count(index))
+    list(walk_blocks(model, find_weights(model), batches(3), gram=False))
+    assert runs == [1 + 3 + 3, 3]  # the last block's outputs are of no use to anyone
 
 
 def test_selected_matrices_only_and_no_gram_unless_asked() -> None:

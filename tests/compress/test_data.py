@@ -83,7 +83,7 @@ class Letters:
 
 
 def mix(sources: list[TextSource], limit: int | None = None) -> str:
-    return "".join(map(chr, tokenize(sources, Letters(), limit)))  # type: ignore[arg-type]
+    return "".join(map(chr, tokenize(sources, Letters(), limit)))
 
 
 def test_sources_mix_in_proportion_to_their_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +165,8 @@ def test_epochs_and_seeds_differ_in_order_and_later_epochs_cut_elsewhere() -> No
 
 def philox(key: tuple[int, int], count: int) -> list[int]:
     """The first numbers of Philox4x64-10 (Salmon et al. 2011) from counter 1 on, in plain integers."""
-    low, numbers, counter = (1 << 64) - 1, [], 1
+    low, counter = (1 << 64) - 1, 1
+    numbers: list[int] = []
     while len(numbers) < count:
         c, (k0, k1) = [counter, 0, 0, 0], key
         for _ in range(10):

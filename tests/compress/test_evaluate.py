@@ -175,7 +175,8 @@ def test_json(model: PreTrainedModel) -> None:
 
 
 def test_bfloat16_is_said_and_close(model: PreTrainedModel) -> None:
-    half = tiny_model().to(torch.bfloat16).eval()
+    half = tiny_model().eval()
+    half.to(dtype=torch.bfloat16)
     found = perplexity(half, tiny_tokenizer(), TEXT, seqlen=64, limit=3)
     assert found.dtype == "bfloat16"
     assert found.perplexity == pytest.approx(perplexity(model, tiny_tokenizer(), TEXT, seqlen=64, limit=3).perplexity, rel=0.05)
@@ -266,7 +267,7 @@ def test_damaged_weights_are_not_a_perplexity(value: float) -> None:
     broken = tiny_model()
     with torch.no_grad():
         broken.lm_head.weight[3, 3] = value
-    with pytest.raises(CompressError, match="output of the model is not finite .* in window 0") as caught:
+    with pytest.raises(CompressError, match=r"output of the model is not finite .* in window 0") as caught:
         perplexity(broken, tiny_tokenizer(), TEXT, seqlen=32, limit=1)
     assert not isinstance(caught.value, UsageError)
     with pytest.raises(CompressError, match="divergence from the reference is not finite"):

@@ -19,7 +19,7 @@ from compress.errors import CompressError, UsageError
 from compress.models import fingerprint, load_model, load_tokenizer, meta_model, resolve_source
 
 
-def save(folder: Path, model: torch.nn.Module) -> Path:
+def save(folder: Path, model: tiny_configs.Model) -> Path:
     model.save_pretrained(folder)
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, tiny_configs.VOCAB)}}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -83,7 +83,7 @@ def test_embedded_models_load() -> None:
         resolve_source("asset:wikitext2-test")
 
 
-def write_gguf(path: Path, model: torch.nn.Module) -> None:
+def write_gguf(path: Path, model: tiny_configs.Model) -> None:
     """The smallest Llama GGUF file, in float32, by the format's own writer."""
     gguf = pytest.importorskip("gguf")
     config = model.config

@@ -7,6 +7,7 @@ import copy
 import pytest
 import tiny_configs
 import torch
+import transformers
 from tiny_configs import BUILDERS
 from torch import nn
 
@@ -129,10 +130,9 @@ def test_the_reported_matrix_is_the_one_that_is_applied(name: str) -> None:
         by_hand = (g * torch.sigmoid(fused.alpha * g) * (u + 1)) @ down.T + fused.down_proj_bias[expert]
     else:
         by_hand = (fused.act_fn(x @ gate.T) * (x @ up.T)) @ down.T
-    if name == "llama4":  # takes the tokens of all experts, one expert's after the other's
-        real = fused(x.repeat(4, 1)).view(4, 5, 32)[expert]
-    else:
-        real = fused(x, torch.full((5, 1), expert), torch.ones(5, 1))
+    # Llama-4's experts take the tokens of all experts, one expert's after the other's; the others take the routing.
+    routing = () if name == "llama4" else (torch.full((5, 1), expert), torch.ones(5, 1))
+    real = fused(x, *routing) if routing else fused(x.repeat(4, 1)).view(4, 5, 32)[expert]
     torch.testing.assert_close(by_hand, real, rtol=1e-4, atol=1e-5)
 
 
@@ -249,3 +249,23 @@ def test_a_masked_parameter_does_not_pass_for_the_weight() -> None:
 def test_a_model_without_decoder_layers_is_refused() -> None:
     with pytest.raises(UsageError, match="no list of decoder layers"):
         find_weights(nn.Sequential(nn.Linear(8, 8)))
+
+
+def test_vision_towers_are_left_alone() -> None:
+    """The tower has more layers and more weights than the language model; only the latter's blocks are decoder blocks."""
+    text = tiny_configs.gemma3().config
+    vision = {
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 4,
+    }
+    config = transformers.Gemma3Config(text_config=text.to_dict(), vision_config=vision, mm_tokens_per_image=4)
+    model = transformers.AutoModelForImageTextToText.from_config(config)
+    assert sum(p.numel() for n, p in model.named_parameters() if "vision" in n) > 4 * sum(
+        r.view().numel() for r in find_weights(model)
+    )
+    assert [block.name for block in decoder_blocks(model)] == [f"model.language_model.layers.{i}" for i in (0, 1)]
+    assert {ref.name.split(".layers.")[0] for ref in find_weights(model)} == {"model.language_model"}

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
 
 VOCAB = 128
+Model = Any  # a PreTrainedModel, whose annotations type-checkers cannot follow (`.to`, submodules)
 
 
-def _build(config: transformers.PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+def _build(config: transformers.PreTrainedConfig, seed: int = 0) -> Model:
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
@@ -42,30 +42,30 @@ _BASE: dict[str, Any] = {
 }
 
 
-def llama(**changes: Any) -> PreTrainedModel:
+def llama(**changes: Any) -> Model:
     return _build(transformers.LlamaConfig(**{**_BASE, **changes}))
 
 
-def qwen3(**changes: Any) -> PreTrainedModel:
+def qwen3(**changes: Any) -> Model:
     return _build(transformers.Qwen3Config(**{**_BASE, "tie_word_embeddings": True, **changes}))
 
 
-def gemma3(**changes: Any) -> PreTrainedModel:
+def gemma3(**changes: Any) -> Model:
     """One layer with sliding attention (window 8), one with full: masks and position embeddings differ by layer."""
     own = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 8}
     return _build(transformers.Gemma3TextConfig(**{**_BASE, **own, "tie_word_embeddings": True, **changes}))
 
 
-def gpt2(**changes: Any) -> PreTrainedModel:
+def gpt2(**changes: Any) -> Model:
     own = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
     return _build(transformers.GPT2Config(**{**own, **changes}))
 
 
-def mixtral(**changes: Any) -> PreTrainedModel:
+def mixtral(**changes: Any) -> Model:
     return _build(transformers.MixtralConfig(**{**_BASE, "num_local_experts": 4, "num_experts_per_tok": 2, **changes}))
 
 
-def qwen2_moe(**changes: Any) -> PreTrainedModel:
+def qwen2_moe(**changes: Any) -> Model:
     own = {
         "num_experts": 4,
         "num_experts_per_tok": 2,
@@ -76,12 +76,12 @@ def qwen2_moe(**changes: Any) -> PreTrainedModel:
     return _build(transformers.Qwen2MoeConfig(**{**_BASE, **own, **changes}))
 
 
-def qwen3_moe(**changes: Any) -> PreTrainedModel:
+def qwen3_moe(**changes: Any) -> Model:
     own = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1}
     return _build(transformers.Qwen3MoeConfig(**{**_BASE, **own, **changes}))
 
 
-def olmoe(**changes: Any) -> PreTrainedModel:
+def olmoe(**changes: Any) -> Model:
     own = {"num_experts": 4, "num_experts_per_tok": 2}
     return _build(transformers.OlmoeConfig(**{**_BASE, **own, **changes}))
 
@@ -101,18 +101,18 @@ _DEEPSEEK: dict[str, Any] = {
 }
 
 
-def deepseek_v2(**changes: Any) -> PreTrainedModel:
+def deepseek_v2(**changes: Any) -> Model:
     """A dense first layer, then a mixture; queries without low-rank factors as in V2-Lite."""
     own = {"q_lora_rank": None, "topk_method": "greedy", "n_group": 1, "topk_group": 1}
     return _build(transformers.DeepseekV2Config(**{**_BASE, **_DEEPSEEK, **own, **changes}))
 
 
-def deepseek_v3(**changes: Any) -> PreTrainedModel:
+def deepseek_v3(**changes: Any) -> Model:
     own = {"n_group": 1, "topk_group": 1}
     return _build(transformers.DeepseekV3Config(**{**_BASE, **_DEEPSEEK, **own, **changes}))
 
 
-def gpt_oss(**changes: Any) -> PreTrainedModel:
+def gpt_oss(**changes: Any) -> Model:
     own = {
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
@@ -123,7 +123,7 @@ def gpt_oss(**changes: Any) -> PreTrainedModel:
     return _build(transformers.GptOssConfig(**{**_BASE, **own, **changes}))
 
 
-def llama4(**changes: Any) -> PreTrainedModel:
+def llama4(**changes: Any) -> Model:
     """A dense first layer, then a mixture with a shared expert; chunked and full attention."""
     own = {
         "intermediate_size_mlp": 40,
@@ -138,7 +138,7 @@ def llama4(**changes: Any) -> PreTrainedModel:
     return _build(transformers.Llama4TextConfig(**{**_BASE, **own, **changes}))
 
 
-BUILDERS: dict[str, Callable[..., PreTrainedModel]] = {
+BUILDERS: dict[str, Callable[..., Model]] = {
     "llama": llama,
     "qwen3": qwen3,
     "gemma3": gemma3,

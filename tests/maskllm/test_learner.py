@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def learner(folder: Path | None = None, mark: str = "here", **changes: Any) -> L
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name != "lm_head"
     ]
-    prior = {t.name: PATTERN.best_of(t.module.weight.detach().abs()) for t in targets}  # type: ignore[operator,union-attr]
+    prior = {t.name: PATTERN.best_of(t.module.weight.detach().abs()) for t in targets}
     logits = {
         name: prior_logits(mask, PATTERN, settings.parametrization, strength=3, std=0.01, noise=False)
         for name, mask in prior.items()
@@ -185,7 +186,7 @@ def test_records_and_rates() -> None:
     rates = [record.learning_rate for record in records]
     assert rates[0] == pytest.approx(0.02 / 3)
     assert rates[2] == pytest.approx(0.02)  # the peak, and from there down
-    assert all(a > b > 0.1 * 0.02 for a, b in zip(rates[2:], rates[3:], strict=False))
+    assert all(a > b > 0.1 * 0.02 for a, b in itertools.pairwise(rates[2:]))
     for record in records:
         assert record.loss == pytest.approx(record.cross_entropy - record.regulariser, rel=1e-5)
         assert record.regulariser > 0
@@ -210,6 +211,6 @@ def test_a_batch_that_micro_batches_do_not_fill_is_refused() -> None:
 def test_a_loss_that_is_not_finite_stops_the_run() -> None:
     run = learner()
     with torch.no_grad():
-        run.model.lm_head.weight[0, 0] = torch.nan  # type: ignore[union-attr,operator]
+        run.model.lm_head.weight[0, 0] = torch.nan
     with pytest.raises(MaskError, match="the loss is nan at step 0"):
         finish(run)
