@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import os
@@ -40,7 +41,10 @@ _TOKENIZER_FILES = (
 
 @dataclass
 class LoadedModel:
-    """A causal language model in evaluation mode. `folder` is its local folder when it has one, `gguf_file` the file in it."""
+    """A causal language model in evaluation mode. `folder` is its local folder when it has one, `gguf_file` the file in it.
+
+    `tokenizer` is None only after `load_model(..., tokenizer=False)`.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -100,12 +104,18 @@ def _gguf(file: Path) -> Source:
 
 
 def load_model(
-    source: str, *, dtype: str = "auto", device: str = "cpu", revision: str | None = None, trust_remote_code: bool = False
+    source: str,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    tokenizer: bool = True,
 ) -> LoadedModel:
-    """Load model and tokenizer.
+    """Load model and tokenizer (the model alone with `tokenizer=False`, for work that reads no text).
 
     source: see `resolve_source`. dtype: "auto" is the checkpoint's own; a GGUF file is dequantised, to float32 unless another is
-    asked for. device: "auto" is a GPU where there is one. Raises UsageError for whatever is wrong with the source.
+    asked for. device: "auto" is cuda where there is one, else cpu. Raises UsageError for whatever is wrong with the source.
     """
     from transformers import AutoModelForCausalLM
 
@@ -124,11 +134,11 @@ def load_model(
         found_model: Any = AutoModelForCausalLM.from_pretrained(found.location, **found.arguments, **options)
         model, report = found_model
         _check_complete(source, report)
-        tokenizer = load_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code)
+        words: Any = load_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code) if tokenizer else None
         if found.gguf_file:
             _forget_quantization(model)
         model.to(pick_device(device)).eval()
-    return LoadedModel(model, tokenizer, source, found.folder, found.gguf_file)
+    return LoadedModel(model, words, source, found.folder, found.gguf_file)
 
 
 def _check_complete(source: str, report: dict[str, Any]) -> None:
@@ -169,7 +179,7 @@ def load_tokenizer(source: str, *, revision: str | None = None, trust_remote_cod
         )
 
 
-def meta_model(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+def meta_model(source: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model without its weights (on the meta device), from its configuration alone: names, shapes and types for a plan."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -181,15 +191,13 @@ def meta_model(source: str, *, revision: str | None = None, trust_remote_code: b
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         model.tie_weights()
-        return model
+        return model.eval()
 
 
 def pick_device(device: str) -> torch.device:
-    """ "auto" is cuda, else mps, else cpu. Raises UsageError for a device that is not there."""
+    """ "auto" is cuda where there is one, else cpu. Raises UsageError for a device that is not there."""
     if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -200,7 +208,7 @@ def pick_device(device: str) -> torch.device:
 def fingerprint(model: nn.Module) -> str:
     """sha256 over names, shapes, types and bytes of all parameters, whatever masks hang over them."""
     total = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    for name, parameter in sorted(model.named_parameters()):  # sorted: removing a parametrization moves a weight behind its bias
         if name.endswith(".logits"):
             continue
         plain = name.replace("parametrizations.", "").removesuffix(".original")
@@ -235,14 +243,21 @@ def _explained(source: str) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without transformers' progress bars and advice; errors still raise."""
+    from transformers import modeling_gguf_pytorch_utils as gguf_reader
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    # The GGUF reader draws its bar by tqdm itself, which transformers' own switch does not reach.
+    own_bar: Any = vars(gguf_reader).get("tqdm")
+    if own_bar is not None:
+        vars(gguf_reader)["tqdm"] = functools.partial(own_bar, disable=True)
     try:
         yield
     finally:
+        if own_bar is not None:
+            vars(gguf_reader)["tqdm"] = own_bar
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()

@@ -200,12 +200,12 @@ class Learner:
             self.state.micro_batch = index * self.accelerator.num_processes + self.accelerator.process_index
             sums += self._micro_step(ids.to(self.accelerator.device), decayed)
         sums = self.accelerator.reduce(sums, "mean") / self._micro_batches
+        loss, ce, kl, penalty = sums.tolist()
+        if not math.isfinite(loss):  # before the update, so that the logits of the last good step can still be saved
+            raise MaskError(f"the loss is {loss} at step {self.step}: lower the learning rate, or lengthen the warm-up")
         norm = torch.nn.utils.clip_grad_norm_([m.logits for m in self.weights.values()], s.clip or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        loss, ce, kl, penalty = sums.tolist()
-        if not math.isfinite(loss):
-            raise MaskError(f"the loss is {loss} at step {self.step}: lower the learning rate, or lengthen the warm-up")
         self.step += 1
         return StepRecord(
             self.step,

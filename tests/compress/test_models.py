@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from compress import models as compress_models
 from compress.errors import CompressError, UsageError
-from compress.models import fingerprint, load_model, load_tokenizer, meta_model, resolve_source
+from compress.models import fingerprint, load_model, load_tokenizer, meta_model, pick_device, resolve_source
 
 
 def save(folder: Path, model: tiny_configs.Model) -> Path:
@@ -69,7 +69,23 @@ def test_an_unknown_dtype_or_device_is_a_usage_error(folder: Path) -> None:
 def test_the_meta_model_has_the_shapes_and_no_weights(folder: Path) -> None:
     real, meta = load_model(str(folder)).model, meta_model(str(folder))
     assert {k: p.shape for k, p in meta.named_parameters()} == {k: p.shape for k, p in real.named_parameters()}
+    assert {p.dtype for p in meta.parameters()} == {p.dtype for p in real.parameters()}
     assert all(p.is_meta for p in meta.parameters())
+    assert not meta.training
+
+
+def test_a_model_without_tokenizer_loads_when_none_is_wanted(folder: Path) -> None:
+    _without_tokenizer(folder)
+    loaded = load_model(str(folder), tokenizer=False)
+    assert fingerprint(loaded.model) == fingerprint(tiny_configs.llama())
+    assert loaded.tokenizer is None
+
+
+@pytest.mark.parametrize(("there", "expected"), [(True, "cuda"), (False, "cpu")])
+def test_device_auto_is_cuda_else_cpu(there: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pick_device("auto") == torch.device(expected)
 
 
 def test_embedded_models_load() -> None:
@@ -129,16 +145,25 @@ def write_gguf(path: Path, model: tiny_configs.Model) -> None:
     writer.close()
 
 
-def test_a_gguf_file_loads_by_its_name_and_by_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gguf_file_loads_by_its_name_and_by_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = tiny_configs.llama()
     file = tmp_path / "tiny.gguf"
     write_gguf(file, model)
+    capsys.readouterr()
     for source in (str(file), str(tmp_path)):
         loaded = load_model(source)
         assert (loaded.folder, loaded.gguf_file) == (tmp_path, "tiny.gguf")
         assert {k for k, p in loaded.model.named_parameters() if p.dtype == torch.float32} == set(model.state_dict())
         assert all(torch.equal(p, model.state_dict()[k]) for k, p in loaded.model.named_parameters())
         assert "quantization_config" not in loaded.model.config.to_dict()
+        meta = meta_model(source)
+        assert {k: (p.shape, p.dtype) for k, p in meta.named_parameters()} == {
+            k: (p.shape, p.dtype) for k, p in loaded.model.named_parameters()
+        }
+        assert all(p.is_meta for p in meta.parameters())
+    assert capsys.readouterr() == ("", "")  # neither progress bars nor advice
     loaded.model.save_pretrained(tmp_path / "saved")
     assert set(load_file(tmp_path / "saved" / "model.safetensors")) == set(model.state_dict())
     shutil.copy(file, tmp_path / "other.gguf")
