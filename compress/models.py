@@ -208,10 +208,12 @@ def pick_device(device: str) -> torch.device:
 def fingerprint(model: nn.Module) -> str:
     """sha256 over names, shapes, types and bytes of all parameters, whatever masks hang over them."""
     total = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):  # sorted: removing a parametrization moves a weight behind its bias
-        if name.endswith(".logits"):
-            continue
-        plain = name.replace("parametrizations.", "").removesuffix(".original")
+    parameters = {
+        name.replace("parametrizations.", "").removesuffix(".original"): parameter
+        for name, parameter in model.named_parameters()
+        if not name.endswith(".logits")
+    }
+    for plain, parameter in sorted(parameters.items()):  # sorted: a parametrization moves its weight behind the others
         total.update(f"{plain} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
         total.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return total.hexdigest()

@@ -202,12 +202,11 @@ def test_interrupted_and_resumed_ends_in_the_same_bits(run: Path, tmp_path: Path
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
-    if process.returncode == 130:  # else it was already past its last step
-        assert "--resume" in said
+    if process.returncode != 0:  # on a busy machine the signal may also come behind the last step, whose state is saved too
+        assert process.returncode in (130, -signal.SIGTERM), said
+        assert process.returncode != 130 or "--resume" in said
         assert not (out / "mask.safetensors").exists()
         subprocess.run([*command, "--resume"], check=True, capture_output=True, env=environment)
-    else:
-        assert process.returncode == 0, said
     assert (out / "mask.safetensors").read_bytes() == (run / "mask.safetensors").read_bytes()
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines() if '"kind": "step"' in line]
     assert steps == list(range(1, 7))
