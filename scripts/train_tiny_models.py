@@ -195,7 +195,13 @@ def train(name: str, args: argparse.Namespace) -> None:
                 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
                 config = model.config
-                balance = load_balancing_loss_func(out.router_logits, config.num_experts, config.num_experts_per_tok)
+                # Layer by layer: over all layers at once, as transformers does it by default, the busy experts of one layer make
+                # up for the dead ones of another.
+                losses = [
+                    load_balancing_loss_func((logits,), config.num_experts, config.num_experts_per_tok)
+                    for logits in out.router_logits
+                ]
+                balance = torch.stack(losses).mean()
                 total = loss + config.router_aux_loss_coef * balance
         total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
