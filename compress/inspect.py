@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from compress.errors import UsageError
 from compress.verify import nonzeros
 from maskllm.errors import MaskError
 from maskllm.patterns import Pattern
-from maskllm.storage import group_counts, load_masks, npz_arrays
+from maskllm.storage import FORMAT, group_counts, load_masks, npz_arrays
 
 # Tightest first: the first one that holds is reported.
 PATTERNS = tuple(Pattern.parse(p) for p in ("1:8", "1:4", "2:8", "2:4", "4:8", "6:8"))
@@ -47,7 +48,7 @@ def inspect_checkpoint(path: Path) -> Iterator[TensorRow]:
         yield from _npz(path)
     elif path.suffix == ".gguf":
         yield from _gguf(path)
-    elif path.is_file() and read_header(path)[0].get("pattern"):
+    elif path.is_file() and read_header(path)[0].get("format") == FORMAT:
         yield from _mask_file(path)
     elif path.is_dir() and (path / "mask.safetensors").is_file() and not any(path.glob("model*.safetensors")):
         yield from _mask_file(path / "mask.safetensors")
@@ -63,8 +64,8 @@ def inspect_checkpoint(path: Path) -> Iterator[TensorRow]:
 def describe(tensor: Tensor) -> tuple[float, str]:
     """Share of zeros, and the tightest pattern of `PATTERNS` along the last or the last but one dimension ("" for vectors)."""
     kept = nonzeros(tensor)
-    sparsity = 1 - int(kept.sum()) / max(kept.numel(), 1)
-    if tensor.dim() < 2:
+    sparsity = 1 - int(kept.sum()) / kept.numel() if kept.numel() else 0.0
+    if tensor.dim() < 2 or not tensor.numel():
         return sparsity, ""
     for pattern in PATTERNS:
         for dim in (-1, -2):
@@ -89,11 +90,15 @@ def _mask_file(path: Path) -> Iterator[TensorRow]:
 
 
 def _npz(path: Path) -> Iterator[TensorRow]:
-    for name, packed in npz_arrays(path):
-        bits = torch.from_numpy(packed)
-        mask = ((bits.unsqueeze(-1) >> torch.arange(7, -1, -1)) & 1).flatten()  # shapes are not stored: groups of the flat weight
-        sparsity, pattern = describe(mask.view(1, -1))
-        yield TensorRow(name, tuple(mask.shape), "mask", packed.nbytes, 1.0, sparsity, pattern)
+    try:
+        for name, packed in npz_arrays(path):
+            if packed.dtype != np.uint8:
+                raise UsageError(f"{path}: {name} holds {packed.dtype}, not the packed bits (uint8) of a mask")
+            mask = torch.from_numpy(np.unpackbits(packed))  # shapes are not stored: groups of the flat weight
+            sparsity, pattern = describe(mask.view(1, -1))
+            yield TensorRow(name, tuple(mask.shape), "mask", packed.nbytes, 1.0, sparsity, pattern)
+    except MaskError as error:
+        raise UsageError(str(error)) from error
 
 
 def _gguf(path: Path) -> Iterator[TensorRow]:
@@ -104,7 +109,11 @@ def _gguf(path: Path) -> Iterator[TensorRow]:
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
-    for entry in GGUFReader(path).tensors:
+    try:
+        entries = GGUFReader(path).tensors
+    except (ValueError, IndexError, OSError) as error:
+        raise UsageError(f"{path} is not a GGUF file, or it is truncated ({error})") from error
+    for entry in entries:
         values = torch.from_numpy(dequantize(entry.data, entry.tensor_type).copy())
         sparsity, pattern = describe(values)
         nbytes = int(entry.n_bytes)

@@ -45,7 +45,7 @@ def export(
     if run and (run / "recipe.yaml").is_file():
         recipe_text = (run / "recipe.yaml").read_text(encoding="utf-8")
         section = yaml.safe_load(recipe_text)["model"]
-        revision, trust = section["revision"], section["trust_remote_code"]
+        revision, trust = section.get("revision"), bool(section.get("trust_remote_code"))
         model = model or section["source"]
         if (run / "summary.json").is_file():
             metrics = json.loads((run / "summary.json").read_text(encoding="utf-8"))

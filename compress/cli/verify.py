@@ -35,7 +35,7 @@ def verify(
     from compress.checkpoint import read_header
     from compress.verify import verify_against, verify_checkpoint, verify_masks
     from maskllm.patterns import Pattern
-    from maskllm.storage import load_masks
+    from maskllm.storage import FORMAT, load_masks
 
     for given in (path, mask):
         if given is not None and not given.exists():
@@ -43,7 +43,7 @@ def verify(
     if original and mask is None:
         raise UsageError("--original needs --mask: which weights should be there?")
     wanted = Pattern.parse(pattern) if pattern else None
-    if path.is_file() and read_header(path)[0].get("candidates"):
+    if path.is_file() and read_header(path)[0].get("format") == FORMAT:
         if mask or original:
             raise UsageError(f"{path} is a mask file itself; --mask and --original go with a checkpoint folder")
         reports = [verify_masks(load_masks(path))]
@@ -56,7 +56,8 @@ def verify(
             dense = load_model(original)
             reports.append(verify_against(path, masks.masks, dense, pattern=masks.pattern, contracted=masks.contracted))
     if json_:
-        typer.echo(json.dumps([_summary(report) for report in reports]))
+        facts = {"path": str(path), "ok": all(report.ok for report in reports), "reports": [_summary(r) for r in reports]}
+        typer.echo(json.dumps(facts))
     for report in reports:
         report.raise_if_bad()
         if not json_:

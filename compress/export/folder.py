@@ -21,6 +21,9 @@ def output_folder(out: Path, *, overwrite: bool, source: Path | None) -> Iterato
     compress.json), or when it is the source itself.
     """
     out = Path(os.path.abspath(out))
+    partial, previous = out.with_name(out.name + ".partial"), out.with_name(out.name + ".partial-replaced")
+    if previous.is_dir() and not out.exists():  # a run was killed between the two renames below: the earlier export stands
+        previous.rename(out)
     if source is not None and out.exists() and source.exists() and out.samefile(source):
         raise UsageError(f"{out} is the source model; choose another folder")
     if out.exists() and not out.is_dir():
@@ -32,9 +35,8 @@ def output_folder(out: Path, *, overwrite: bool, source: Path | None) -> Iterato
         raise UsageError(
             f"{out} is not an earlier export (it has no {SIDECAR_NAME}), so it is not overwritten; empty it yourself"
         )
-    partial, previous = out.with_name(out.name + ".partial"), out.with_name(out.name + ".previous")
-    for leftover in (partial, previous):  # of a run that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(previous, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
