@@ -53,7 +53,7 @@ def verify(
         if original and masks:
             from compress.models import load_model
 
-            dense = load_model(original)
+            dense = load_model(original, tokenizer=False)
             reports.append(verify_against(path, masks.masks, dense, pattern=masks.pattern, contracted=masks.contracted))
     if json_:
         facts = {"path": str(path), "ok": all(report.ok for report in reports), "reports": [_summary(r) for r in reports]}
