@@ -45,7 +45,9 @@ def satisfies(tensor: Tensor, pattern: Pattern, dim: int) -> bool:
     return True
 
 
-@given(st.sampled_from([*PATTERNS, Pattern(7, 8), Pattern(1, 2)]), st.sampled_from([-1, -2]), st.integers(0, 10**6), st.booleans())
+@given(
+    st.sampled_from([*PATTERNS, Pattern(7, 8), Pattern(1, 2)]), st.sampled_from([-1, -2]), st.integers(0, 10**6), st.booleans()
+)
 def test_the_tightest_pattern_against_a_loop(pattern: Pattern, dim: int, seed: int, spoilt: bool) -> None:
     tensor = sparse(pattern, (16, 24), dim, seed)
     if spoilt:  # one more weight in one group

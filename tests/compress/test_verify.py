@@ -60,7 +60,9 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     return made
 
 
-def altered(case: Case, folder: Path, name: str, change: Tensor | None = None, *, at: tuple[int, ...] = (), to: float = 0) -> Path:
+def altered(
+    case: Case, folder: Path, name: str, change: Tensor | None = None, *, at: tuple[int, ...] = (), to: float = 0
+) -> Path:
     """A copy of the export with one tensor replaced, or one element of it."""
     shutil.copytree(case.out, folder)
     tensors = load_file(folder / "model.safetensors")
@@ -141,7 +143,9 @@ def test_an_expert_is_named_as_the_file_names_it(cases: dict[str, Case], tmp_pat
     assert name not in case.masks.masks  # in memory the experts are one parameter
     folder = altered(case, tmp_path / "bad", name, torch.ones(load_file(case.out / "model.safetensors")[name].shape))
     assert failing(verify_checkpoint(folder, masks=case.masks)) == [name]
-    assert [row.name.endswith("experts.gate_up_proj") or "down_proj" in row.name for row in case.against(folder).rows if not row.ok] == [True]
+    assert [
+        row.name.endswith("experts.gate_up_proj") or "down_proj" in row.name for row in case.against(folder).rows if not row.ok
+    ] == [True]
 
 
 def test_a_missing_tensor(cases: dict[str, Case], tmp_path: Path) -> None:
