@@ -165,7 +165,7 @@ def perplexity(
     text = EvalText.of(text) if isinstance(text, str) else text
     if seqlen is None:
         seqlen = min(
-            DEFAULT_SEQLEN, *(_positions(scored) or DEFAULT_SEQLEN for scored in (model, reference) if scored is not None)
+            DEFAULT_SEQLEN, *(positions(scored) or DEFAULT_SEQLEN for scored in (model, reference) if scored is not None)
         )
     if seqlen < 2:
         raise UsageError(f"the sequence length is {seqlen}; it must be at least 2")
@@ -350,14 +350,14 @@ def _floating_parameter(model: nn.Module) -> Tensor:
     return next((p for p in model.parameters() if p.is_floating_point()), _embedding(model).weight)
 
 
-def _positions(model: nn.Module) -> int | None:
+def positions(model: nn.Module) -> int | None:
     """The longest sequence the configuration allows, None where it states no bound."""
     config: Any = model.config
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _check_length(model: nn.Module, seqlen: int) -> None:
-    limit = _positions(model)
+    limit = positions(model)
     if limit is not None and seqlen > limit:
         raise UsageError(
             f"windows of {seqlen:,} tokens are longer than the {limit:,} positions of this model; use --seqlen {limit}"

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -20,31 +15,18 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from compress import __version__, console
-from compress.data import TextSource, TokenBlocks, tokenize
-from compress.errors import CompressError, UsageError
-from compress.evaluate import EvalText, evaluate_tokens, perplexity, token_windows
-from compress.models import LoadedModel, fingerprint, load_model
-from compress.prune import Method, Pruned, prune_one_shot
-from compress.recipe import LearnMaskRecipe, LearnSection, ScheduleSection, SourceSection, dump_recipe
+from compress.interrupt import Interrupted, StopFlag, stoppable
+from compress.models import fingerprint
+from compress.prune import Method
+from compress.recipe import LearnMaskRecipe, LearnSection, ScheduleSection, dump_recipe
 from compress.report import write_report
 from compress.rundir import RunDir, write_atomic
-from compress.text import read_text
-from compress.weights import ParameterRef, WeightRef, by_parameter, find_weights
+from compress.session import Session, prepare
 from maskllm.checkpoint import CheckpointStore
 from maskllm.gumbel import Schedule, prior_logits
 from maskllm.learner import Learner, LearnSettings, StepRecord
 from maskllm.parametrization import MaskTarget
-from maskllm.patterns import Pattern
 from maskllm.storage import load_masks, mask_digest, save_masks
-
-_WINDOW_TOKENS = 2048  # tokens a forward pass when measuring: short windows are taken several at once
-_CALIBRATION_BATCH = 8  # sequences calibrated at once
-
-
-class Interrupted(CompressError):
-    """The user stopped the run; its state is saved (exit code 130)."""
-
-    exit_code = 130
 
 
 @dataclass(frozen=True)
@@ -57,68 +39,16 @@ class Result:
     run: Path
 
 
-@dataclass
-class Session:
-    """A loaded model with everything a run reads: the weights to mask, texts to learn from and to measure on."""
-
-    recipe: LearnMaskRecipe
-    loaded: LoadedModel
-    pattern: Pattern
-    refs: list[WeightRef]
-    parameters: list[ParameterRef]
-    blocks: TokenBlocks
-    calibration: list[Tensor]
-    texts: dict[str, EvalText]
-
-    @property
-    def contracted(self) -> dict[str, int]:
-        return {p.name: p.contracted_dim for p in self.parameters}
-
-    def measure(self, name: str) -> dict[str, float]:
-        """Perplexity of the model as it is now on every text, for the row `name`."""
-        scores = {}
-        for label, text in self.texts.items():
-            wanted = self.recipe.evaluate.texts[label]
-            with console.task(f"{name}: {label}", wanted.limit or 1) as bar:
-                found = perplexity(
-                    self.loaded.model,
-                    self.loaded.tokenizer,
-                    text,
-                    seqlen=wanted.seqlen,
-                    limit=wanted.limit,
-                    bos=wanted.bos,
-                    batch_size=max(1, _WINDOW_TOKENS // wanted.seqlen),
-                    progress=functools.partial(_show, bar),
-                )
-            scores[label] = found.perplexity
-        return scores
-
-    @contextmanager
-    def holding(self, values: dict[str, Tensor]) -> Iterator[None]:
-        """Within it the masked parameters have these values (a bool tensor masks the original)."""
-        originals = {p.name: p.refs[0].parameter.detach().clone() for p in self.parameters}
-        with torch.no_grad():
-            try:
-                for p in self.parameters:
-                    value = values[p.name].to(originals[p.name].device)
-                    p.refs[0].parameter.copy_(originals[p.name] * value if value.dtype == torch.bool else value)
-                yield
-            finally:
-                for p in self.parameters:
-                    p.refs[0].parameter.copy_(originals[p.name])
-
-
 def learn_mask(recipe: LearnMaskRecipe, out: Path, *, resume: bool, command: tuple[str, list[str]]) -> Result:
     """Run a recipe in the folder `out`. `command` (recipe, overrides) is what the user typed, to print how to resume.
 
     Raises UsageError before anything is written when the recipe does not fit model or text; Interrupted after SIGINT or SIGTERM,
     with the state saved; and whatever its parts raise.
     """
+    run = RunDir.check(out, dump_recipe(recipe), resume)
     session = prepare(recipe)
-    run = RunDir.open(out, dump_recipe(recipe), resume)
-    if run.summary.exists():
-        raise UsageError(f"the run in {out} is complete; its result is in {run.summary}")
-    with _stoppable() as stop:
+    run.create(dump_recipe(recipe))
+    with stoppable() as stop:
         prior, rows = _prior_and_baselines(session, run, stop, command)
         learner = _learner(session, run, prior)
         try:
@@ -130,59 +60,6 @@ def learn_mask(recipe: LearnMaskRecipe, out: Path, *, resume: bool, command: tup
         scores = session.measure("learned")
     rows.append(_row("learned", scores))
     return _finish(session, run, masks, flips, rows)
-
-
-def prepare(recipe: LearnMaskRecipe) -> Session:
-    """Load model and texts and check that they fit the recipe. Writes nothing."""
-    pattern = Pattern.parse(recipe.pattern)
-    wanted = recipe.model
-    texts = {name: _eval_text(section.source) for name, section in recipe.evaluate.texts.items()}
-    with console.log.status(f"loading {wanted.source}"):
-        loaded = load_model(
-            wanted.source,
-            dtype=wanted.dtype,
-            device=wanted.device,
-            revision=wanted.revision,
-            trust_remote_code=wanted.trust_remote_code,
-        )
-    refs = find_weights(loaded.model, recipe.weights.include, recipe.weights.exclude)
-    for ref in refs:
-        pattern.check_divides(ref.shape[1], ref.name)
-    parameters = by_parameter(refs)
-    seqlen = recipe.calibration.seqlen or recipe.data.seqlen
-    longest = max(seqlen, recipe.data.seqlen)
-    positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    if positions and longest > positions:
-        raise UsageError(f"data.seqlen or calibration.seqlen is {longest}, but {wanted.source} has {positions} positions")
-    with console.log.status("reading the text"):
-        needed = max(recipe.learn.steps * recipe.learn.batch * recipe.data.seqlen, recipe.calibration.samples * seqlen)
-        sources = [text_source(s) for s in recipe.data.sources]
-        # A stream is read as far as the run needs it; files are read whole, so that every part of them can be drawn.
-        limit = recipe.data.max_tokens or (needed if any(s.endless for s in sources) else None)
-        tokens = tokenize(sources, loaded.tokenizer, limit)
-    calibration = TokenBlocks(tokens, seqlen, recipe.seed)
-    batches, left = [], recipe.calibration.samples
-    if left > len(calibration):
-        raise UsageError(
-            f"calibration.samples is {left}, but the text holds only {len(calibration)} sequences of {seqlen} tokens"
-        )
-    whole = calibration.batch(0, left)
-    batches = list(whole.split(_CALIBRATION_BATCH))
-    blocks = TokenBlocks(tokens, recipe.data.seqlen, recipe.seed + 1)
-    console.log.print(
-        f"{wanted.source}: {len(refs)} matrices, {sum(p.refs[0].parameter.numel() for p in parameters):,} weights to mask {pattern}; "
-        f"{len(tokens):,} tokens of text, {recipe.learn.steps * recipe.learn.batch * recipe.data.seqlen / len(tokens):.2f} passes"
-    )
-    return Session(recipe, loaded, pattern, refs, parameters, blocks, batches, texts)
-
-
-def _show(bar: console.Task, done: int, total: int, value: float) -> None:
-    bar.update(done, f"perplexity {value:.2f}", total)
-
-
-def text_source(section: SourceSection) -> TextSource:
-    """The recipe's description of a text as what `compress.data` reads."""
-    return TextSource(**section.model_dump())
 
 
 def learn_settings(section: LearnSection, seed: int) -> LearnSettings:
@@ -215,19 +92,13 @@ def learn_settings(section: LearnSection, seed: int) -> LearnSettings:
     )
 
 
-def _eval_text(section: SourceSection) -> EvalText:
-    """A text to measure on: a text file as it is (or its span), records joined by blank lines."""
-    source = text_source(section)
-    return EvalText.of("\n\n".join(read_text(source)), source.label)
-
-
 def _row(method: str, scores: dict[str, float]) -> dict[str, Any]:
     first = next(iter(scores.values()), None)
     return {"method": method, "perplexity": first, "perplexities": scores}
 
 
 def _prior_and_baselines(
-    session: Session, run: RunDir, stop: _StopFlag, command: tuple[str, list[str]]
+    session: Session, run: RunDir, stop: StopFlag, command: tuple[str, list[str]]
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """The prior mask, and one row for every baseline of the recipe. A resumed run reads what it already knows."""
     recipe = session.recipe
@@ -259,7 +130,7 @@ def _prior_and_baselines(
         missing = {method, updated} & set(baselines) - known.keys()
         if not missing and not (prior is None and method == recipe.prior.method):
             continue
-        pruned = one_shot(session, method)
+        pruned = session.one_shot(method)
         record(method, pruned.masks)
         if pruned.weights:
             record("sparsegpt-update", pruned.weights)
@@ -268,27 +139,6 @@ def _prior_and_baselines(
             save_masks(prior_file, prior, session.pattern, session.contracted, {"method": method})
     assert prior is not None
     return prior, [known[m] for m in baselines]
-
-
-def one_shot(session: Session, method: Method) -> Pruned:
-    """Prune by one method with a progress bar, and say which matrices no calibration token reached."""
-    blocks = max((r.layer or 0) for r in session.refs) + 1
-    with console.task(f"{method}, one shot", blocks) as bar:
-        pruned = prune_one_shot(
-            session.loaded.model,
-            session.refs,
-            session.pattern,
-            method,
-            session.calibration,
-            damping=session.recipe.calibration.damping,
-            progress=lambda done, _: bar.update(done, "blocks"),
-        )
-    if pruned.starved:
-        console.log.print(
-            f"[yellow]{len(pruned.starved)} matrices saw no calibration token and were pruned by magnitude: {', '.join(pruned.starved[:4])}"
-            f"{' ...' if len(pruned.starved) > 4 else ''}; calibrate on more text[/]"
-        )
-    return pruned
 
 
 def _learner(session: Session, run: RunDir, prior: dict[str, Tensor]) -> Learner:
@@ -316,15 +166,16 @@ def _learner(session: Session, run: RunDir, prior: dict[str, Tensor]) -> Learner
     accelerator = Accelerator(cpu=session.loaded.model.device.type == "cpu")
     store = CheckpointStore(run.state, parts)
     learner = Learner(session.loaded.model, targets, session.pattern, settings, logits, prior, accelerator, store)
-    if learner.resume():
-        run.rewind_metrics(learner.step)
+    resumed = learner.resume()
+    run.rewind_metrics(learner.step)  # also of a run that was killed before its first checkpoint
+    if resumed:
         console.log.print(f"continuing after step {learner.step} of {settings.steps}")
     return learner
 
 
-def _train(session: Session, run: RunDir, learner: Learner, stop: _StopFlag, command: tuple[str, list[str]]) -> None:
+def _train(session: Session, run: RunDir, learner: Learner, stop: StopFlag, command: tuple[str, list[str]]) -> None:
     recipe = session.recipe
-    watch = _watched_windows(session)
+    watch = session.watched_windows()
     saved = time.monotonic()
 
     def measure() -> None:
@@ -333,8 +184,7 @@ def _train(session: Session, run: RunDir, learner: Learner, stop: _StopFlag, com
         record["flipped"] = sum(a for a, _ in counts.values()) / sum(b for _, b in counts.values())
         if watch is not None:
             with learner.final():
-                batch = max(1, _WINDOW_TOKENS // watch.shape[1])
-                record["perplexity"] = evaluate_tokens(session.loaded.model, watch, batch_size=batch).perplexity
+                record["perplexity"] = session.score(watch)
         run.append_metric({"kind": "measure", **record})
 
     if recipe.evaluate.every and learner.step == 0 and not run.read_metrics():
@@ -352,17 +202,6 @@ def _train(session: Session, run: RunDir, learner: Learner, stop: _StopFlag, com
             if stop.asked and not last:
                 again = run.resume_command(*command)
                 raise Interrupted(f"stopped after step {record.step}; the state is saved. Continue with:\n  {again}")
-
-
-def _watched_windows(session: Session) -> Tensor | None:
-    """Token windows `[windows, seqlen]` of the first text, for measuring amid training."""
-    recipe = session.recipe
-    if not recipe.evaluate.every or not session.texts:
-        return None
-    name, text = next(iter(session.texts.items()))
-    wanted = recipe.evaluate.texts[name]
-    windows, _ = token_windows(session.loaded.tokenizer, text, wanted.seqlen, wanted.bos)
-    return windows[: recipe.evaluate.every_limit or wanted.limit]
 
 
 def _note(record: StepRecord) -> str:
@@ -391,27 +230,3 @@ def _finish(
     write_report(run, session.recipe, rows, layers, digest)
     write_atomic(run.summary, json.dumps(rows, indent=1))
     return Result(rows, digest, flipped, run.path)
-
-
-class _StopFlag:
-    """Set by the first SIGINT or SIGTERM; a second one ends the process as usual."""
-
-    asked = False
-
-
-@contextmanager
-def _stoppable() -> Iterator[_StopFlag]:
-    flag = _StopFlag()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if flag.asked:
-            raise KeyboardInterrupt
-        flag.asked = True
-        console.log.print("[yellow]stopping after this step (again to stop at once, without saving)[/]")
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield flag
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -8,6 +8,7 @@ from typing import Any
 from compress import __version__, console
 from compress.data import TokenBlocks, tokenize
 from compress.errors import UsageError
+from compress.evaluate import positions
 from compress.export.dense import export_dense
 from compress.models import fingerprint, load_model
 from compress.prune import Method, prune_one_shot
@@ -41,15 +42,15 @@ def run_one_shot(
     parameters = by_parameter(refs)
     batches = []
     if method != "magnitude":
-        positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or 512
-        length = seqlen or min(512, positions)
-        if length > positions:
-            raise UsageError(f"--seqlen {length} is beyond the {positions} positions of {source}")
+        limit = positions(loaded.model)
+        length = seqlen or min(512, limit or 512)
+        if limit and length > limit:
+            raise UsageError(f"--seqlen {length} is beyond the {limit} positions of {source}")
         blocks = TokenBlocks(tokenize(calibration_text(data), loaded.tokenizer, None), length, seed)
         if samples > len(blocks):
             raise UsageError(f"--samples is {samples}, but {data} holds only {len(blocks)} sequences of {length} tokens")
         batches = list(blocks.batch(0, samples).split(8))
-    with console.task(method, max((r.layer or 0) for r in refs) + 1) as bar:
+    with console.task(method, 1) as bar:
         pruned = prune_one_shot(
             loaded.model, refs, n_m, method, batches, progress=lambda done, total: bar.update(done, "blocks", total)
         )

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from compress.calibrate import InputStats, walk_blocks
-from compress.weights import WeightRef, by_parameter, decoder_blocks
+from compress.calibrate import walk_blocks
+from compress.capture import InputStats
+from compress.weights import WeightRef, by_parameter
 from maskllm import priors
 from maskllm.patterns import Pattern
 
@@ -54,7 +55,7 @@ def prune_one_shot(
     """Prune every matrix of `refs` to `pattern` by `method`.
 
     batches: calibration token ids, int64 `[batch, length]` each; magnitude needs none. damping: SparseGPT's, as a share of the mean
-    diagonal. progress: called with (blocks done, blocks). The model's weights are unchanged afterwards, whatever happens.
+    diagonal. progress: called with (blocks done, blocks to prune). The model's weights are unchanged afterwards, whatever happens.
     Raises MaskError where M does not divide a contracted dimension, and what `walk_blocks` raises.
     """
     parameters = by_parameter(refs)
@@ -64,14 +65,13 @@ def prune_one_shot(
     originals = {p.name: p.refs[0].parameter.detach().clone() for p in parameters}
     for p in parameters:
         result.masks[p.name] = torch.zeros(originals[p.name].shape, dtype=torch.bool)
-    done = 0
+    layers = {ref.layer for ref in refs}
     try:
-        for stats, here in _walk(model, refs, method, batches):
+        for done, (stats, here) in enumerate(_walk(model, refs, method, batches), start=1):
             for ref in here:
                 _prune_matrix(ref, stats.get(ref.name), pattern, method, damping, result)
-            done += 1
-            if progress:
-                progress(done, len(decoder_blocks(model)))
+            if progress and here:
+                progress(min(done, len(layers)), len(layers))
         if method == "sparsegpt":
             result.weights = {p.name: p.refs[0].parameter.detach().clone() for p in parameters}
     finally:
@@ -84,7 +84,8 @@ def _walk(
     model: nn.Module, refs: Sequence[WeightRef], method: Method, batches: Sequence[Tensor]
 ) -> Iterator[tuple[dict[str, InputStats], list[WeightRef]]]:
     if method == "magnitude":
-        yield {}, list(refs)
+        for layer in dict.fromkeys(ref.layer for ref in refs):
+            yield {}, [ref for ref in refs if ref.layer == layer]
         return
     for block, stats in walk_blocks(model, refs, batches, gram=method == "sparsegpt"):
         yield stats, [ref for ref in refs if ref.layer == block.index]

@@ -25,10 +25,11 @@ class RunDir:
     path: Path
 
     @classmethod
-    def open(cls, path: Path, recipe_text: str, resume: bool) -> RunDir:
-        """Start a run in a new or empty folder, or continue the one that is there.
+    def check(cls, path: Path, recipe_text: str, resume: bool) -> RunDir:
+        """Whether a run may start in this folder (new or empty) or continue there; reads only, so it can come before slow work.
 
-        Raises UsageError when there is a run and `resume` is not set, none and it is, or the run there has another recipe.
+        Raises UsageError when there is a run and `resume` is not set, none and it is, the run there has another recipe, or it is
+        complete.
         """
         run = cls(path)
         if run.recipe.exists():
@@ -39,11 +40,15 @@ class RunDir:
             raise UsageError(f"{path} holds no run to resume; start it without --resume")
         elif path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UsageError(f"{path} is not an empty folder; choose another --out")
-        path.mkdir(parents=True, exist_ok=True)
-        run.state.mkdir(exist_ok=True)
-        if not run.recipe.exists():
-            write_atomic(run.recipe, recipe_text)
+        if run.summary.exists():
+            raise UsageError(f"the run in {path} is complete; its result is in {run.summary}")
         return run
+
+    def create(self, recipe_text: str) -> None:
+        """Make the folder and put the recipe into it; a run that continues finds both."""
+        self.state.mkdir(parents=True, exist_ok=True)
+        if not self.recipe.exists():
+            write_atomic(self.recipe, recipe_text)
 
     @property
     def recipe(self) -> Path:

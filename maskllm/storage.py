@@ -35,8 +35,8 @@ _CHUNK = 1 << 22  # weights handled at a time; bounds the temporaries to some te
 
 
 def digits_per_byte(pattern: Pattern) -> int:
-    """The largest d with C**d <= 256; 0 when a single digit needs two bytes."""
-    d = 0
+    """The largest d with C**d <= 256; at least 1, since no pattern has more than 256 candidates."""
+    d = 1
     while pattern.count ** (d + 1) <= 256:
         d += 1
     return d
@@ -45,7 +45,7 @@ def digits_per_byte(pattern: Pattern) -> int:
 def packed_size(pattern: Pattern, weights: int) -> int:
     """Bytes of the packed mask of `weights` weights (a multiple of M)."""
     groups, d = weights // pattern.m, digits_per_byte(pattern)
-    return -(-groups // d) if d else 2 * groups
+    return -(-groups // d)
 
 
 def pack_mask(mask: Tensor, pattern: Pattern) -> Tensor:
@@ -57,7 +57,7 @@ def pack_mask(mask: Tensor, pattern: Pattern) -> Tensor:
     flat = mask.reshape(-1)
     d, m = digits_per_byte(pattern), pattern.m
     packed = torch.empty(packed_size(pattern, flat.numel()), dtype=torch.uint8)
-    step = _aligned_chunk(m * max(d, 1))
+    step = _aligned_chunk(m * d)
     at = bad = 0
     for start in range(0, flat.numel(), step):
         digits = _digits(flat[start : start + step].cpu(), pattern)  # int16 [groups], -1 where not N of M
@@ -85,20 +85,16 @@ def unpack_mask(packed: Tensor, pattern: Pattern, shape: Sequence[int]) -> Tenso
         )
     packed = packed.reshape(-1)
     mask = torch.empty(weights, dtype=torch.bool)
-    step = _aligned_chunk(pattern.m * max(d, 1))
-    per_byte = d * pattern.m if d else 0
+    step = _aligned_chunk(pattern.m * d)
+    per_byte = d * pattern.m
     for start in range(0, weights, step):
         stop = min(start + step, weights)
-        if d:
-            index = packed[start // per_byte : -(-stop // per_byte)].long()
-            if int(index.max()) >= pattern.count**d:
-                raise MaskError(f"byte {int(index.max())} is no {d} base-{pattern.count} digits of a {pattern} mask")
-            rows = _byte_table(pattern.n, pattern.m)[index].reshape(-1)  # [bytes, d * m] -> [weights]
-            mask[start:stop] = rows[: stop - start]
-        else:
-            low, high = packed[2 * start // pattern.m : 2 * stop // pattern.m].long().unflatten(0, (-1, 2)).unbind(-1)
-            mask[start:stop] = pattern.mask_of(low + 256 * high)
-    if d and weights and int(packed[-1]) >= pattern.count ** ((weights // pattern.m - 1) % d + 1):
+        index = packed[start // per_byte : -(-stop // per_byte)].long()
+        if int(index.max()) >= pattern.count**d:
+            raise MaskError(f"byte {int(index.max())} is no {d} base-{pattern.count} digits of a {pattern} mask")
+        rows = _byte_table(pattern.n, pattern.m)[index].reshape(-1)  # [bytes, d * m] -> [weights]
+        mask[start:stop] = rows[: stop - start]
+    if weights and int(packed[-1]) >= pattern.count ** ((weights // pattern.m - 1) % d + 1):
         raise MaskError("the filling of the last byte is not zero")
     return mask.reshape(shape)
 
@@ -118,8 +114,6 @@ def _digits(flat: Tensor, pattern: Pattern) -> Tensor:
 
 def _digits_to_bytes(digits: Tensor, pattern: Pattern, d: int) -> Tensor:
     digits = digits.clamp(min=0)
-    if d == 0:
-        return torch.stack([digits % 256, digits // 256], dim=-1).to(torch.uint8).reshape(-1)
     digits = torch.nn.functional.pad(digits, (0, -digits.numel() % d)).unflatten(0, (-1, d))
     total = digits[:, 0].clone()
     for j in range(1, d):

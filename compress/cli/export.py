@@ -63,10 +63,12 @@ def export(
         raise UsageError(f"{file} does not say which model it belongs to; give --model")
     from compress import console
     from compress.export.dense import export_dense
-    from compress.models import load_model
+    from compress.models import load_model, resolve_source
 
     with console.log.status(f"exporting {model}"):
-        loaded = load_model(model, dtype=dtype, revision=revision, trust_remote_code=trust)
+        place = resolve_source(model)
+        words = place.folder is None or place.gguf_file is not None  # else the tokenizer's files, if any, are copied as they are
+        loaded = load_model(model, dtype=dtype, revision=revision, trust_remote_code=trust, tokenizer=words)
         reports = export_dense(
             loaded,
             dict(masks.masks),

@@ -12,7 +12,8 @@ from tiny_configs import BUILDERS, tokens
 from torch import Tensor, nn
 from torch.nn import functional
 
-from compress.calibrate import InputCapture, InputStats, eager_experts, walk_blocks
+from compress.calibrate import eager_experts, walk_blocks
+from compress.capture import InputCapture, InputStats
 from compress.errors import CompressError, UsageError
 from compress.weights import WeightRef, find_weights
 
