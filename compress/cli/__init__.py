@@ -10,7 +10,7 @@ import typer
 
 from compress import __version__
 from compress.cli import eval as eval_
-from compress.cli import export, inspect, learn_mask, prune, recipes, verify
+from compress.cli import export, inspect, learn_mask, masks, prune, recipes, verify
 from compress.errors import CompressError
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ app.command("verify")(verify.verify)
 app.command("validate")(recipes.validate)
 app.command("schema")(recipes.schema)
 app.add_typer(recipes.app, name="recipes")
+app.add_typer(masks.app, name="masks")
 
 
 def _version(wanted: bool) -> None:
