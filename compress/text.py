@@ -18,10 +18,11 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from compress.assets import asset_path, is_asset
+from compress.assets import PYTHON, asset_path, is_asset, python_files
 from compress.errors import UsageError
 
-PLAIN_SUFFIXES = (".txt",)
+# Source code is plain text too: a mask for a domain may be learned from the files of a project.
+PLAIN_SUFFIXES = (".txt", ".py", ".c", ".h", ".cc", ".cpp", ".cu", ".go", ".java", ".js", ".ts", ".rs")
 RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 SUFFIXES = PLAIN_SUFFIXES + RECORD_SUFFIXES
 
@@ -30,8 +31,8 @@ SUFFIXES = PLAIN_SUFFIXES + RECORD_SUFFIXES
 class TextSource:
     """One source of text. Exactly one of `path` and `dataset` is given; UsageError for anything impossible.
 
-    path: `asset:NAME`, or a file, a folder (read recursively) or a glob of `.txt`, `.jsonl`, `.json` (either with `.gz`) and
-        `.parquet` files, in sorted order; other files of a folder or glob are left out.
+    path: `asset:NAME`, or a file, a folder (read recursively) or a glob of `.txt` and source code, or of `.jsonl`, `.json` (either
+        with `.gz`) and `.parquet` files, in sorted order; other files of a folder or glob are left out.
     dataset: what `datasets.load_dataset` takes (a hub name or a local dataset folder), or a folder of `save_to_disk`;
         `name` is its configuration, `split` its split.
     field: the text column of a record.
@@ -123,6 +124,8 @@ def read_plain(path: Path) -> str:
 
 def find_text_files(path: str) -> list[Path]:
     """The files that a `path:` names, sorted. Raises UsageError when there are none or a named file is of an unknown kind."""
+    if path == PYTHON:
+        return python_files()
     if is_asset(path):
         found = asset_path(path)
         if found.is_dir():

@@ -7,14 +7,17 @@ import sys
 
 import pytest
 
-from compress.assets import ASSETS, MODELS, TEXTS, asset_path, is_asset
+from compress.assets import ASSETS, MODELS, TEXTS, asset_path, is_asset, python_files
 from compress.errors import CompressError, UsageError
+from compress.text import TextSource, iter_documents
 
 SHA256 = {
     "wikitext2-test": "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83",
     "wikitext2-valid": "b44fb967f92b525731216a507d1fbc44b97446b7ef0a2b4d1a893f81f1bbc29e",
     "wikipedia": "a37c4fed37f7182ecc789bef5f1424779e3faa1418d1937ecb4b416ab96e9615",
+    "pubmed": "8466c3b59789234701a51a3e57363a7a563d68de909b81cdc73365de47d12fb7",
 }
+LICENCES = {"pubmed": "MIT License"}
 
 
 def test_the_listing() -> None:
@@ -31,7 +34,7 @@ def test_texts_are_the_published_bytes(name: str) -> None:
 @pytest.mark.parametrize("name", SHA256)
 def test_a_licence_lies_beside_each_text_and_names_its_digest(name: str) -> None:
     notice = (asset_path(name).parent / "LICENSE.md").read_text(encoding="utf-8")
-    assert "Attribution-ShareAlike" in notice
+    assert LICENCES.get(name, "Attribution-ShareAlike") in notice
     assert SHA256[name] in notice
     assert f"{asset_path(name).stat().st_size:,}" in notice
 
@@ -87,3 +90,12 @@ def test_import_is_light() -> None:
         "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_the_standard_library_is_text_of_source_code() -> None:
+    files = python_files()
+    assert len(files) > 100
+    assert {"ast.py", "typing.py"} <= {file.name for file in files}
+    documents = list(iter_documents(TextSource(path="asset:python", span=(0.9, 1.0))))
+    assert len(documents) == len(files)
+    assert sum(map(len, documents)) > 200_000
