@@ -52,21 +52,29 @@ class _SoftMask(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, weight: Tensor, table: Tensor, scores: bool, draw: Draw, out_dtype: torch.dtype, want_norm: bool
+        ctx: Any,
+        logits: Tensor,
+        weight: Tensor,
+        table: Tensor,
+        n: int,
+        scores: bool,
+        draw: Draw,
+        out_dtype: torch.dtype,
+        want_norm: bool,
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(logits, weight, table)
-        ctx.scores, ctx.draw, ctx.want_norm = scores, draw, want_norm
+        ctx.n, ctx.scores, ctx.draw, ctx.want_norm = n, scores, draw, want_norm
         ctx.set_materialize_grads(False)
-        return masked_weight(logits, weight, table, scores, draw, out_dtype, want_norm)
+        return masked_weight(logits, weight, table, scores, draw, out_dtype, want_norm, n=n)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, weight, table = ctx.saved_tensors
         grad, grad_norm = grads[0], grads[1] if ctx.want_norm else None
         if grad is None and grad_norm is None:
-            return (None,) * 7
-        out = masked_weight_backward(grad, grad_norm, logits, weight, table, ctx.scores, ctx.draw)
-        return out, None, None, None, None, None, None
+            return (None,) * 8
+        out = masked_weight_backward(grad, grad_norm, logits, weight, table, ctx.scores, ctx.draw, n=ctx.n)
+        return (out, *(None,) * 7)
 
 
 def soft_masked_weight(
@@ -95,7 +103,14 @@ def soft_masked_weight(
         table = pattern.candidates().to(weight.device, torch.float32)
     flat = weight.detach().reshape(-1, pattern.m)
     out, norm = _SoftMask.apply(
-        logits.reshape(-1, width), flat, table, parametrization == "scores", draw, out_dtype or weight.dtype, want_norm
+        logits.reshape(-1, width),
+        flat,
+        table,
+        pattern.n,
+        parametrization == "scores",
+        draw,
+        out_dtype or weight.dtype,
+        want_norm,
     )
     return out.view(weight.shape), norm
 
@@ -113,6 +128,7 @@ def hard_mask(logits: Tensor, pattern: Pattern, parametrization: Parametrization
     out = torch.empty((groups.shape[0], pattern.m), dtype=torch.bool, device=logits.device)
     for start in range(0, groups.shape[0], _HARD_CHUNK):
         part = groups[start : start + _HARD_CHUNK]
+        part = part.to(torch.promote_types(part.dtype, torch.float32))  # two bfloat16 scores summed in bfloat16 would tie
         best = part.argmax(-1) if parametrization == "patterns" else torch.mm(table.to(part.dtype), part.t()).argmax(0)
         out[start : start + _HARD_CHUNK] = table[best]
     return out.view(*logits.shape[:-2], -1)

@@ -3,7 +3,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}
 STAMP=.venv/.installed
-want=$(cat pyproject.toml constraints.txt | cksum)
+want=$(cat pyproject.toml constraints.txt setup.py kernels/*/*.cpp kernels/*/*.h | cksum)
 if [ ! -f "$STAMP" ] || [ "$(cat "$STAMP")" != "$want" ]; then
   "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/it" >&2; exit 2; }
   [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv

@@ -74,25 +74,30 @@ def _mix(x: Tensor) -> Tensor:
     return x
 
 
-def gumbel_noise(key: int, first: int, count: int, device: torch.device | str = "cpu") -> Tensor:
-    """Elements `first .. first+count-1` of the Gumbel(0, 1) stream `key`: float32 `[count]`.
+def random_bits(key: int, first: int, count: int, device: torch.device | str = "cpu") -> Tensor:
+    """Elements `first .. first+count-1` of the stream `key` of 32 random bits each: int32 `[count]`.
 
     Counter-based: an element depends on its number and the key only, not on what was drawn before, so a stream may be drawn in
-    any order, in pieces, again in the backward pass, and on any number of processes. 23 random bits an element.
+    any order, in pieces, again in the backward pass, and on any number of threads and processes.
     """
     if count == 0:
-        return torch.empty(0, device=device)
+        return torch.empty(0, dtype=torch.int32, device=device)
     high = first >> 32
     if high != (first + count - 1) >> 32:
         split = ((high + 1) << 32) - first
-        return torch.cat([gumbel_noise(key, first, split, device), gumbel_noise(key, first + split, count - split, device)])
+        return torch.cat([random_bits(key, first, split, device), random_bits(key, first + split, count - split, device)])
     k0, k1 = stream_key(key, high) & _MASK32, stream_key(key, high) >> 32
     low = first & _MASK32
     counter = torch.arange(low, low + count, dtype=torch.int64, device=device).to(torch.int32)
     counter ^= _signed(k0)
     x = _mix(counter)
     x += _signed(k1)
-    x = _mix(x)
+    return _mix(x)
+
+
+def gumbel_noise(key: int, first: int, count: int, device: torch.device | str = "cpu") -> Tensor:
+    """Elements `first .. first+count-1` of the Gumbel(0, 1) stream `key`: float32 `[count]`, from 23 of the `random_bits` each."""
+    x = random_bits(key, first, count, device)
     x = (x >> 9) & 0x7FFFFF
     uniform = (x.float() + 0.5) * 2.0**-23  # in (0, 1), both ends excluded
     return uniform.log_().neg_().log_().neg_()
