@@ -1,0 +1,1 @@
+"""Mixture-of-experts: how many bits each expert gets."""
