@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from maskllm.errors import MaskError
+from maskllm.hessian import damped, inverse_factor
 from maskllm.patterns import Pattern
 
 
@@ -53,23 +53,15 @@ def sparsegpt(weight: Tensor, gram: Tensor, pattern: Pattern, *, damping: float 
     weight: `[out, in]`. gram: `sum x x^T` over the calibration tokens, `[in, in]`; its scale does not matter.
     Columns are visited in order. At the first column of every group of M the N weights with the largest `w^2 / [U_jj]^2` are
     kept, U the upper Cholesky factor of the damped inverse; every pruned weight's error is spread over the columns to its right.
-    damping: added to the diagonal, as a share of its mean. Raises MaskError when the damped matrix is still not positive definite.
+    damping: see `damped`. Raises MaskError when the damped matrix is still not positive definite.
     """
     w = weight.float().clone()
     columns = w.shape[1]
     pattern.check_divides(columns, "weight")
     step = max(pattern.m, block // pattern.m * pattern.m)  # a block never cuts a group
-    h = gram.float().clone()
-    dead = h.diagonal() == 0  # inputs that were never on: their weights change nothing
-    h.diagonal()[dead] = 1
-    w[:, dead] = 0
-    h.diagonal().add_(damping * h.diagonal().mean())
-    factor, failed = torch.linalg.cholesky_ex(h)
-    upper, failed_inverse = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)  # H^-1 = U^T U
-    if int(failed) or int(failed_inverse):
-        raise MaskError(
-            f"the second moment of the inputs is not positive definite with damping {damping}: raise the damping (0.1) or calibrate on more text"
-        )
+    h, dead = damped(gram, damping)
+    w[:, dead] = 0  # their weights change nothing
+    upper = inverse_factor(h)
 
     mask = torch.zeros_like(w, dtype=torch.bool)
     saliency = torch.zeros_like(w)
