@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.checkpoint import Checkpoint, checkpoint_files, read_header
+from compress.checkpoint import Checkpoint, TensorInfo, checkpoint_files, read_header
 from compress.errors import UsageError
+from compress.packed import PackedCheckpoint, is_packed
 from compress.verify import nonzeros
 from maskllm.errors import MaskError
 from maskllm.patterns import Pattern
@@ -40,7 +41,8 @@ class TensorRow:
 
 
 def inspect_checkpoint(path: Path) -> Iterator[TensorRow]:
-    """Rows of a checkpoint folder, a .safetensors file, a mask file, a .gguf file or a published MaskLLM .npz, one tensor in memory at a time.
+    """Rows of a checkpoint folder (packed ones too), a .safetensors file, a mask file, a .gguf file or a published MaskLLM .npz, one
+    tensor in memory at a time.
 
     Raises UsageError when it is none of them.
     """
@@ -52,13 +54,29 @@ def inspect_checkpoint(path: Path) -> Iterator[TensorRow]:
         yield from _mask_file(path)
     elif path.is_dir() and (path / "mask.safetensors").is_file() and not any(path.glob("model*.safetensors")):
         yield from _mask_file(path / "mask.safetensors")
+    elif path.is_dir() and is_packed(path):
+        yield from _packed(path)
     else:
         checkpoint_files(path)
         checkpoint = Checkpoint(path)
-        for name, info in checkpoint.tensors.items():
-            tensor = checkpoint.read(name)
-            sparsity, pattern = describe(tensor)
-            yield TensorRow(name, info.shape, info.dtype, info.nbytes, 8 * info.nbytes / max(info.numel, 1), sparsity, pattern)
+        yield from _plain(checkpoint, checkpoint.tensors.values())
+
+
+def _plain(checkpoint: Checkpoint, infos: Iterable[TensorInfo]) -> Iterator[TensorRow]:
+    for info in infos:
+        sparsity, pattern = describe(checkpoint.read(info.name))
+        yield TensorRow(info.name, info.shape, info.dtype, info.nbytes, 8 * info.nbytes / max(info.numel, 1), sparsity, pattern)
+
+
+def _packed(path: Path) -> Iterator[TensorRow]:
+    """The packed parameters, each as one row of its dense shape with the bytes of all its parts; then the rest."""
+    packed = PackedCheckpoint(path)
+    for matrix in packed.matrices:
+        sparsity, pattern = describe(packed.dense(matrix).movedim(matrix.contracted_dim, -1))
+        along = "" if matrix.contracted_dim == -1 else " along -2"
+        bits = 8 * matrix.nbytes / matrix.weights
+        yield TensorRow(matrix.name, matrix.shape, f"packed {matrix.values}", matrix.nbytes, bits, sparsity, pattern + along)
+    yield from _plain(packed.checkpoint, packed.plain)
 
 
 def describe(tensor: Tensor) -> tuple[float, str]:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from compress.assets import asset_path, is_asset
+from compress.checkpoint import Checkpoint
 from compress.errors import CompressError, UsageError
 
 if TYPE_CHECKING:
@@ -119,9 +120,14 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
+    import compress.hf  # noqa: F401  so that transformers knows the packed formats, from the hub too
+    from compress.packed import is_packed
+
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is not known; one of {', '.join(DTYPES)}")
     found = resolve_source(source)
+    if found.folder is not None and found.gguf_file is None and is_packed(found.folder):
+        Checkpoint(found.folder)  # says what is missing or cut short before anything is loaded
     options: dict[str, Any] = {"dtype": DTYPES[dtype], "revision": revision, "trust_remote_code": trust_remote_code}
     if found.gguf_file:
         from transformers import GgufConfig

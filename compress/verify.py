@@ -149,7 +149,7 @@ def verify_against(
     for name in expected:
         if name in actual:
             mask = masks.get(name)
-            row = _compare(name, actual[name], expected[name], mask)
+            row = compare(name, actual[name], expected[name], mask)
             if mask is not None and pattern and contracted and row.ok:
                 row = _check_pattern(name, actual[name], pattern, contracted[name], None)
             report.rows.append(row)
@@ -202,7 +202,8 @@ def nonzeros(tensor: Tensor) -> Tensor:
     return tensor.float() != 0 if tensor.dtype.itemsize == 1 and tensor.is_floating_point() else tensor != 0
 
 
-def _compare(name: str, actual: Tensor, original: Tensor, mask: Tensor | None) -> Row:
+def compare(name: str, actual: Tensor, original: Tensor, mask: Tensor | None = None) -> Row:
+    """Compare the bits of two tensors: `actual` must be the original, or mask * original with +0.0 where masked."""
     shape = tuple(actual.shape)
     if actual.shape != original.shape or actual.dtype != original.dtype:
         note = f"is {actual.dtype} {list(shape)}, the original {original.dtype} {list(original.shape)}"

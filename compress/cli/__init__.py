@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from compress import __version__
+from compress.cli import allocate_bits, doctor, export, generate, inspect, learn_mask, masks, prune, recipes, verify
 from compress.cli import eval as eval_
-from compress.cli import export, inspect, learn_mask, masks, prune, recipes, verify
 from compress.errors import CompressError
 
 app = typer.Typer(
@@ -25,12 +25,15 @@ app = typer.Typer(
 )
 app.command("learn-mask")(learn_mask.learn_mask)
 app.command("prune")(prune.prune)
+app.command("allocate-bits")(allocate_bits.allocate_bits)
 app.command("export")(export.export)
+app.command("generate")(generate.generate)
 app.command("eval")(eval_.evaluate)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
 app.command("validate")(recipes.validate)
 app.command("schema")(recipes.schema)
+app.command("doctor")(doctor.doctor)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(masks.app, name="masks")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +32,8 @@ def learn_mask(
     - `compress learn-mask quickstart`
     - `compress learn-mask recipes/smollm2-135m.yaml learn.steps=400 --out runs/longer`
     - `compress learn-mask quickstart --dry-run`
+    - `accelerate launch --multi_gpu -m compress learn-mask llama-2-7b learn.batch=8 learn.micro_batch=1`
+    - `compress learn-mask smollm2-domains prior.mask=runs/smollm2-135m`
     """
     from compress.recipe import load_recipe, recipe_path
 
@@ -44,9 +47,23 @@ def learn_mask(
         typer.echo(json.dumps(found.to_json()) if json_ else found.describe())
         return
     from compress.cli.tables import print_perplexities
+
+    again = shlex.join(["compress", "learn-mask", recipe, *(overrides or []), "--out", str(folder), "--resume"])
+    if loaded.domains:
+        from compress.domains import learn_domains
+
+        rows = learn_domains(loaded, folder, resume=resume, resume_command=again)
+        if json_:
+            typer.echo(json.dumps({"run": str(folder), "summary": rows}))
+        else:
+            print_perplexities(rows)
+            typer.echo(f"masks and reports: {', '.join(str(folder / name) for name in loaded.domains)}", err=True)
+        return
     from compress.learn import learn_mask as run
 
-    result = run(loaded, folder, resume=resume, command=(recipe, overrides or []))
+    result = run(loaded, folder, resume=resume, resume_command=again)
+    if result is None:
+        return  # one of several processes, and not the first
     if json_:
         typer.echo(
             json.dumps({"run": str(result.run), "mask_sha256": result.digest, "flipped": result.flipped, "summary": result.rows})

@@ -29,11 +29,14 @@ def verify(
     **Examples**
 
     - `compress verify my-sparse-model`
+    - `compress verify my-packed-model`
     - `compress verify some-model --pattern 2:4`
     - `compress verify my-sparse-model --mask runs/quickstart/mask.safetensors --original asset:tiny-llama`
     """
     from compress.checkpoint import read_header
+    from compress.packed import is_packed
     from compress.verify import verify_against, verify_checkpoint, verify_masks
+    from compress.verify_packed import verify_packed, verify_packed_against
     from maskllm.patterns import Pattern
     from maskllm.storage import FORMAT, load_masks
 
@@ -49,12 +52,18 @@ def verify(
         reports = [verify_masks(load_masks(path))]
     else:
         masks = load_masks(mask) if mask else None
-        reports = [verify_checkpoint(path, wanted, masks=masks, include=include or ["*"], exclude=exclude or [])]
+        packed = path.is_dir() and is_packed(path)
+        check = verify_packed if packed else verify_checkpoint
+        reports = [check(path, wanted, masks=masks, include=include or ["*"], exclude=exclude or [])]
         if original and masks:
             from compress.models import load_model
 
             dense = load_model(original, tokenizer=False)
-            reports.append(verify_against(path, masks.masks, dense, pattern=masks.pattern, contracted=masks.contracted))
+            reports.append(
+                verify_packed_against(path, masks.masks, dense)
+                if packed
+                else verify_against(path, masks.masks, dense, pattern=masks.pattern, contracted=masks.contracted)
+            )
     if json_:
         facts = {"path": str(path), "ok": all(report.ok for report in reports), "reports": [_summary(r) for r in reports]}
         typer.echo(json.dumps(facts))

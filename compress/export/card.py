@@ -1,8 +1,8 @@
-"""The model card (`README.md`) of an export."""
+"""The model card (`README.md`) of an export: what was done, what was measured, where it loads, and the recipe verbatim."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,9 @@ from compress import __version__
 from maskllm.patterns import Pattern
 
 if TYPE_CHECKING:
+    from compress.export.source import MatrixSource
     from compress.models import LoadedModel
+    from compress.packed import PackedMatrix
 
 _LOADS = """| software | loads | faster for the sparsity |
 | --- | --- | --- |
@@ -20,6 +22,15 @@ _LOADS = """| software | loads | faster for the sparsity |
 | vLLM, SGLang | yes, as any checkpoint | no; vLLM dropped its 2:4 kernels in 2026 |
 | vLLM with torchao's online FP8 2:4 (GPUs from sm_90 on, 2:4 only) | by its documentation; not tried here | by its documentation; not tried here |
 | llama.cpp, after its converter | yes | no |
+"""
+
+
+_LOADS_PACKED = """| software | loads | faster for the sparsity |
+| --- | --- | --- |
+| this tool: `compress generate`, `compress eval`, `compress.load` | yes | yes, with a compiled kernel (`compress doctor`) |
+| transformers after `import compress.hf`, and what loads through it (lm-eval) | yes | as above |
+| transformers without that import | no: it warns of an unknown quantization type and leaves the packed weights at random values | no |
+| vLLM, SGLang, TensorRT-LLM, llama.cpp | no; export with `--format dense` for them | no |
 """
 
 
@@ -32,23 +43,70 @@ def write_card(
     recipe_text: str | None,
     metrics: list[dict[str, Any]] | None,
     updated: bool,
+    notes: str = "",
 ) -> None:
-    """Write the card: what was done, what was measured, where it loads, and the recipe verbatim."""
+    """Write the card of a dense export. notes: a section of its own, in Markdown."""
     pruned = sum(mask.numel() for mask in masks.values())
     zeros = pruned - sum(int(mask.sum()) for mask in masks.values())
     total = sum(p.numel() for p in loaded.model.parameters())
-    base = f"base_model: {loaded.source}\n" if loaded.folder is None else ""
+    kept = (
+        "The weights that remain were updated by SparseGPT."
+        if updated
+        else "The weights that remain are those of the original, bit for bit."
+    )
+    what = (
+        f"In every group of {pattern.m} weights along the inputs of a matrix at most {pattern.n} are not zero, in {len(masks)} parameters: "
+        f"{zeros:,} of {total:,} weights are zero. {kept}"
+    )
+    title = f"{Path(loaded.source).name.removeprefix('asset:')}, {pattern} sparse"
+    _write(
+        folder, loaded.source, loaded.folder is None, title, what, _LOADS + ("\n" + notes if notes else ""), recipe_text, metrics
+    )
+
+
+def write_packed_card(
+    folder: Path,
+    source: MatrixSource,
+    matrices: Sequence[PackedMatrix],
+    zeros: int,
+    values: str,
+    activations: str,
+    *,
+    recipe_text: str | None,
+    metrics: list[dict[str, Any]] | None,
+) -> None:
+    """Write the card of a packed-24 export. zeros: weights of the packed matrices that are zero."""
+    weights = sum(matrix.weights for matrix in matrices)
+    nbytes = sum(matrix.nbytes for matrix in matrices)
+    total = sum(p.numel() for p in source.model.parameters())
+    kept = {
+        "int8": "The weights that remain are rounded to int8, with one scale a row"
+        + ("; each token is rounded to int8 too before a product." if activations == "int8" else ".")
+    }.get(values, f"The weights that remain are those of the original, as {values}.")
+    what = (
+        f"In every group of 4 weights along the inputs of a matrix at most 2 are not zero, in {len(matrices)} parameters: "
+        f"{zeros:,} of {total:,} weights are zero. {kept} The zeros are not stored: these {weights:,} weights take {nbytes:,} bytes, "
+        f"{8 * nbytes / weights:.2f} bits each with codes and scales."
+    )
+    title = f"{Path(source.name).name.removeprefix('asset:')}, 2:4 sparse, packed as {values}"
+    _write(folder, source.name, source.on_hub, title, what, _LOADS_PACKED, recipe_text, metrics)
+
+
+def _write(
+    folder: Path,
+    source: str,
+    on_hub: bool,
+    title: str,
+    what: str,
+    loads: str,
+    recipe_text: str | None,
+    metrics: list[dict[str, Any]] | None,
+) -> None:
+    base = f"base_model: {source}\n" if on_hub else ""
     lines = [
         f"---\n{base}library_name: transformers\ntags: [sparse, pruned, n-m-sparsity, maskllm]\n---\n",
-        f"# {Path(loaded.source).name.removeprefix('asset:')}, {pattern} sparse\n",
-        f"In every group of {pattern.m} weights along the inputs of a matrix at most {pattern.n} are not zero, in {len(masks)} parameters: "
-        f"{zeros:,} of {total:,} weights are zero. "
-        + (
-            "The weights that remain were updated by SparseGPT."
-            if updated
-            else "The weights that remain are those of the original, bit for bit."
-        )
-        + f" Made by maskllm-compress {__version__} from `{loaded.source}`.\n",
+        f"# {title}\n",
+        f"{what} Made by maskllm-compress {__version__} from `{source}`.\n",
     ]
     rows = [row for row in metrics or [] if row.get("perplexities")]
     if rows:
@@ -56,7 +114,7 @@ def write_card(
         lines.append("## Perplexity\n\n| method | " + " | ".join(names) + " |\n| --- |" + " ---: |" * len(names))
         lines += [f"| {row['method']} | " + " | ".join(f"{row['perplexities'][n]:.2f}" for n in names) + " |" for row in rows]
         lines.append("")
-    lines.append("## Loads in, is faster in\n\n" + _LOADS)
+    lines.append("## Loads in, is faster in\n\n" + loads)
     if recipe_text:
         lines.append(f"## Recipe\n\n```yaml\n{recipe_text}```\n")
     lines.append("The method of learned masks (MaskLLM) is subject to a patent application, US-2025/0335769-A1.\n")

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from compress import __version__
-from compress.checkpoint import INDEX_NAME, SIDECAR_NAME, Checkpoint, as_stored, companion_files, read_json, stored_name
+from compress.checkpoint import INDEX_NAME, SIDECAR_NAME, Checkpoint, as_stored, read_json, stored_name
 from compress.errors import UsageError
 from compress.export.card import write_card
 from compress.export.folder import output_folder
+from compress.export.source import copy_companions
 from compress.verify import Report, masked, stored_dim, verify_against, verify_checkpoint
 from maskllm.patterns import Pattern
 from maskllm.safefile import DTYPES, Entry, write_safetensors
@@ -42,13 +43,15 @@ def export_dense(
     recipe_text: str | None = None,
     metrics: list[dict[str, Any]] | None = None,
     weights: Mapping[str, Tensor] | None = None,
+    extras: Mapping[str, str] | None = None,
+    notes: str = "",
     overwrite: bool = False,
 ) -> list[Report]:
     """Write mask * original as a checkpoint folder, load it back and compare every bit.
 
     masks: parameter name -> bool of the parameter's shape; contracted: its dimension that products sum over. weights: values that
     replace the masked parameters instead (already zero where masked), as SparseGPT with weight update makes them.
-    recipe_text, metrics (rows of summary.json): for the model card.
+    recipe_text, metrics (rows of summary.json), notes (a section more): for the model card. extras: further text files, name -> content.
     Everything is written to `<out>.partial` and renamed when it has been verified. Returns the reports of the verification.
     Raises UsageError when `out` is in the way or a mask does not belong to the model, VerificationError when the proof fails.
     """
@@ -64,6 +67,8 @@ def export_dense(
         else:
             _write_from_model(loaded, masks, partial)
         _sidecar(loaded, partial, masks, pattern, contracted, weights is not None)
+        for name, text in (extras or {}).items():
+            (partial / name).write_text(text, encoding="utf-8")
         reports = [
             verify_checkpoint(partial, pattern),
             verify_against(partial, masks, loaded, pattern=pattern, contracted=contracted),
@@ -71,7 +76,8 @@ def export_dense(
         for report in reports:
             report.raise_if_bad()
             report.claim = report.claim.replace(str(partial), str(out))
-        write_card(partial, loaded, pattern, masks, recipe_text=recipe_text, metrics=metrics, updated=weights is not None)
+        updated = weights is not None
+        write_card(partial, loaded, pattern, masks, recipe_text=recipe_text, metrics=metrics, updated=updated, notes=notes)
     return reports
 
 
@@ -174,7 +180,7 @@ def _write_from_source(loaded: LoadedModel, source: Checkpoint, masks: Mapping[s
         write_safetensors(out / file.name, entries, metadata)
     if (source.path / INDEX_NAME).is_file():
         shutil.copyfile(source.path / INDEX_NAME, out / INDEX_NAME)
-    _copy_companions(source.path, out)
+    copy_companions(source.path, out)
 
 
 def _write_from_model(loaded: LoadedModel, masks: Mapping[str, Tensor], out: Path) -> None:
@@ -183,16 +189,9 @@ def _write_from_model(loaded: LoadedModel, masks: Mapping[str, Tensor], out: Pat
     state = {name: masked(value, masks[name]) if name in masks else value for name, value in model.state_dict().items()}
     model.save_pretrained(out, state_dict=state)
     if loaded.folder is not None and not loaded.gguf_file:
-        _copy_companions(loaded.folder, out)
+        copy_companions(loaded.folder, out)
     else:
         loaded.tokenizer.save_pretrained(out)
-
-
-def _copy_companions(source: Path, out: Path) -> None:
-    for file in companion_files(source):
-        target = out / file.relative_to(source)
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, target)
 
 
 def _sidecar(

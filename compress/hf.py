@@ -1,0 +1,86 @@
+"""`import compress.hf` teaches transformers the packed formats.
+
+After it `AutoModelForCausalLM.from_pretrained(folder)`, `generate` and `save_pretrained` work on packed folders as on any other, and so
+does whatever loads its models through transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from compress.checkpoint import TensorInfo, read_header
+from compress.packed import QUANT_METHOD, PackedMatrix, find_tensors, from_config
+from compress.runtime import check_loaded, install
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Packed24Config", "Packed24Quantizer"]
+
+
+@register_quantization_config(QUANT_METHOD)
+class Packed24Config(QuantizationConfigMixin):
+    """The `quantization_config` of a packed-24 checkpoint, kept as config.json has it; `compress.packed` says what it means."""
+
+    def __init__(self, **entries: Any) -> None:
+        vars(self).update({**entries, "quant_method": QUANT_METHOD})
+
+
+@register_quantizer(QUANT_METHOD)
+class Packed24Quantizer(HfQuantizer):
+    """Puts packed modules into the empty model before transformers loads its tensors."""
+
+    requires_calibration = True  # in transformers' words: it loads what was packed before, and packs nothing itself
+    matrices: list[PackedMatrix]
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        files = [Path(file) for file in checkpoint_files or ()]
+        self.where = str(files[0].parent) if files else "the checkpoint"
+        config = self.quantization_config.to_dict()
+        self.matrices = from_config(config, self.where)
+        tensors: dict[str, TensorInfo] = {}
+        for file in files:
+            tensors.update(read_header(file)[1])
+        find_tensors(self.matrices, tensors, lambda: model, self.where)
+        install(model, self.matrices, config["activations"])
+        # While transformers loads, `_init_weights` of some models reaches for the dense weights; what bears this mark it leaves alone.
+        for owner, name in self._owners(model):
+            placeholder: Any = torch.empty(0)
+            placeholder._is_hf_initialized = True
+            setattr(owner, name, placeholder)
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for owner, name in self._owners(model):
+            delattr(owner, name)
+        check_loaded(model, self.matrices, self.where)
+        return model
+
+    def _owners(self, model: PreTrainedModel) -> Iterator[tuple[nn.Module, str]]:
+        """Every packed parameter as its module and its name there."""
+        for matrix in self.matrices:
+            module, _, parameter = matrix.name.rpartition(".")
+            yield model.get_submodule(module), parameter
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` writes the packed tensors again."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """Packed linear layers are one registered operation each; packed experts choose their tokens in Python."""
+        return all(len(matrix.shape) == 2 for matrix in self.matrices)

@@ -1,0 +1,233 @@
+"""Run packed checkpoints: modules that multiply by packed weights, and the loader that puts them into a model.
+
+`load` is the way in. A `Sparse24Linear` takes the place of each packed linear layer; a fused module of experts keeps its class, with
+the packed parameters in place of the dense ones and a forward pass that multiplies by them. No dense copy of a weight is ever made.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import UsageError
+from compress.packed import VALUE_DTYPES, PackedMatrix, check_codes, is_packed
+from compress.structure import is_conv1d, is_linear, join
+from compress_kernels import sparse24
+from compress_kernels.sparse24 import Activation, Packed24
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load(folder: str | Path, *, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
+    """Load a packed checkpoint folder as a model in evaluation mode.
+
+    dtype: of everything that is not packed, and so of the activations ("auto" is the checkpoint's own, else "float32", "bfloat16",
+    "float16"); packed values keep their type. device: "auto" is cuda where there is one, else cpu. The model is made without memory
+    and its tensors are read one by one. Raises UsageError for a folder that is not packed, of another version, or not whole, and
+    CompressError for one that is damaged.
+    """
+    from compress.models import load_model
+
+    if not is_packed(Path(folder)):
+        raise UsageError(
+            f"{folder} is not a packed checkpoint (its config.json has no quantization_config of ours); "
+            "load it with transformers, or pack it with `compress export --format packed-24`"
+        )
+    return load_model(str(folder), dtype=dtype, device=device, tokenizer=False).model
+
+
+class _Packed(nn.Module):
+    """Holds packed parts as buffers, whose types say what is stored: `model.half()` and the like leave them alone."""
+
+    _parts: tuple[str, ...]  # names of the buffers
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Packed:
+        before = {name: getattr(self, name) for name in self._parts}
+        super()._apply(fn, recurse)
+        for name, part in before.items():
+            if part is not None and getattr(self, name).dtype != part.dtype:
+                setattr(self, name, part.to(getattr(self, name).device))
+        return self
+
+
+class Sparse24Linear(_Packed):
+    """A linear layer with a packed 2:4 weight: `[..., in_features] -> [..., out_features]`, in the type of its input.
+
+    Buffers: `values [out, in/2]`, `meta` uint8 `[out, ceil(in/8)]`, `scale` float32 `[out]` with int8 values (else None), `bias [out]`
+    or None. Made empty; `from_packed` and `load_state_dict` fill it. values: their dtype; bias: its dtype, None for a layer without.
+    activation: "int8" rounds each token to int8 before the product (with int8 values only), "float" does not.
+    """
+
+    _parts = ("values", "meta", "scale")
+    values: Tensor
+    meta: Tensor
+    scale: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        values: torch.dtype,
+        bias: torch.dtype | None = None,
+        activation: Activation = "float",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if in_features % 4:
+            raise UsageError(f"a 2:4 layer needs a multiple of 4 inputs, not {in_features}")
+        self.in_features, self.out_features, self.activation = in_features, out_features, activation
+        self.register_buffer("values", torch.empty(out_features, in_features // 2, dtype=values, device=device))
+        self.register_buffer("meta", torch.empty(out_features, -(-in_features // 8), dtype=torch.uint8, device=device))
+        scale = torch.empty(out_features, dtype=torch.float32, device=device) if values == torch.int8 else None
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", None if bias is None else torch.empty(out_features, dtype=bias, device=device))
+
+    @classmethod
+    def from_packed(cls, packed: Packed24, bias: Tensor | None = None, activation: Activation = "float") -> Sparse24Linear:
+        """A layer around packed tensors, which it shares."""
+        out, contracted = packed.shape
+        kind = None if bias is None else bias.dtype
+        layer = cls(contracted, out, values=packed.values.dtype, bias=kind, activation=activation, device="meta")
+        layer.values, layer.meta, layer.scale, layer.bias = packed.values, packed.meta, packed.scale, bias
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sparse24.linear(x, Packed24(self.values, self.meta, self.scale), self.bias, self.activation)
+
+    def extra_repr(self) -> str:
+        values = str(self.values.dtype).removeprefix("torch.")
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{sizes}, values={values}, activation={self.activation}"
+
+
+class _PackedExperts(_Packed):
+    """What is mixed into a fused module of experts whose parameters are (some of them) packed.
+
+    It follows the interface of transformers' `use_experts_implementation`: `has_gate`, `has_bias`, `is_transposed`, `_apply_gate`.
+    """
+
+    activation: Activation
+    num_experts: int
+    has_gate: bool
+    has_bias: bool
+    is_transposed: bool
+    act_fn: Callable[[Tensor], Tensor]
+    _apply_gate: Callable[[Tensor], Tensor]
+    post_expert_norm: Callable[[Tensor], Tensor]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """`[tokens, hidden]`, the experts chosen for each token `[tokens, k]` and their weights `[tokens, k]` -> `[tokens, hidden]`."""
+        tokens, k = top_k_index.shape
+        expert, order = top_k_index.reshape(-1).sort(stable=True)
+        counts = torch.bincount(expert, minlength=self.num_experts).tolist()
+        rows = hidden_states[order // k]  # [tokens * k, hidden], those of one expert next to each other
+        results, start = [], 0
+        for index, count in enumerate(counts):
+            if count:
+                results.append(self._expert(index, rows[start : start + count]))
+                start += count
+        result = torch.cat(results)
+        if getattr(self, "has_post_expert_norm", False):
+            result = self.post_expert_norm(result)
+        result = result * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+        back = torch.empty_like(result).index_copy_(0, order, result)  # [tokens * k, hidden], token by token again
+        return back.view(tokens, k, -1).sum(1).to(hidden_states.dtype)
+
+    def _expert(self, index: int, x: Tensor) -> Tensor:
+        """One expert on its tokens: `[n, hidden] -> [n, hidden]`."""
+        if self.has_gate:
+            return self._project("down_proj", index, self._apply_gate(self._project("gate_up_proj", index, x)))
+        return self._project("down_proj", index, self.act_fn(self._project("up_proj", index, x)))
+
+    def _project(self, name: str, index: int, x: Tensor) -> Tensor:
+        bias = getattr(self, f"{name}_bias")[index] if self.has_bias else None
+        if f"{name}_values" in self._parts:
+            scale = getattr(self, f"{name}_scale")
+            packed = Packed24(
+                getattr(self, f"{name}_values")[index],
+                getattr(self, f"{name}_meta")[index],
+                None if scale is None else scale[index],
+            )
+            return sparse24.linear(x, packed, bias, self.activation)
+        weight = getattr(self, name)[index]
+        return nn.functional.linear(x, weight.T if self.is_transposed else weight, bias)
+
+
+@functools.cache
+def _packed_class(plain: Any) -> type[nn.Module]:
+    return type(f"Packed{plain.__name__}", (_PackedExperts, plain), {"__module__": __name__})
+
+
+def install(model: nn.Module, matrices: Iterable[PackedMatrix], activation: Activation = "float") -> None:
+    """Put empty packed modules into a model (on the meta device, as a rule) where `matrices` says; their tensors are loaded after.
+
+    Raises UsageError when the model has no such parameters, or modules of a kind that cannot run packed (see `check_packable`).
+    """
+    for matrix in matrices:
+        check_packable(model, matrix)
+        module_name, _, parameter = matrix.name.rpartition(".")
+        module = model.get_submodule(module_name)
+        device = getattr(module, parameter).device
+        if len(matrix.shape) == 3:
+            _pack_experts(module, parameter, matrix, device)
+            module.activation = activation
+            continue
+        out, contracted = matrix.matrix_shape
+        bias: Any = getattr(module, "bias", None)
+        values, kind = VALUE_DTYPES[matrix.values], None if bias is None else bias.dtype
+        layer = Sparse24Linear(contracted, out, values=values, bias=kind, activation=activation, device=device)
+        parent, _, child = module_name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.train(module.training))
+
+
+def _pack_experts(module: Any, parameter: str, matrix: PackedMatrix, device: torch.device) -> None:
+    delattr(module, parameter)
+    names = []
+    for part in ("values", "meta", "scale"):
+        dtype, shape = matrix.tensors.get(part, (None, None))
+        names.append(f"{parameter}_{part}")
+        module.register_buffer(names[-1], None if shape is None else torch.empty(shape, dtype=dtype, device=device))
+    if not isinstance(module, _PackedExperts):
+        plain: Any = type(module)
+        module.__class__ = _packed_class(plain)
+        module._parts = ()
+    module._parts += tuple(names)
+
+
+def check_packable(model: nn.Module, matrix: PackedMatrix) -> None:
+    """Raise UsageError unless `model` has the parameter, dense and of that shape, in a module that this runtime can run packed.
+
+    These are linear layers (transformers' Conv1D among them) and fused experts behind the interface of transformers'
+    `use_experts_implementation`, whose forward pass does not depend on the model.
+    """
+    module_name, _, parameter = matrix.name.rpartition(".")
+    try:
+        module: Any = model.get_submodule(module_name)
+        weight = getattr(module, parameter)
+    except AttributeError as error:
+        raise UsageError(f"the model has no parameter {matrix.name}, which its config.json lists as packed") from error
+    if tuple(weight.shape) != matrix.shape:
+        raise UsageError(f"{matrix.name} is {list(weight.shape)} in the model, but {list(matrix.shape)} where it is packed")
+    if len(matrix.shape) == 2:
+        runs = parameter == "weight" and (is_linear(module) or is_conv1d(module))
+    else:
+        runs = all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate", "num_experts"))
+    if not runs:
+        raise UsageError(
+            f"{matrix.name} lies in a {type(module).__name__}, whose forward pass cannot be run on packed weights; export with "
+            f"--format dense, or pack a checkpoint that is sparse already with --exclude '{join(module_name, '*')}'"
+        )
+
+
+def check_loaded(model: nn.Module, matrices: Iterable[PackedMatrix], where: str) -> None:
+    """Raise CompressError when the metadata of a loaded model holds codes that are none."""
+    for matrix in matrices:
+        check_codes({part: model.get_buffer(matrix.prefix + part) for part in matrix.tensors}, matrix, where)

@@ -1,0 +1,187 @@
+"""The compiled 2:4 kernels (cpu.cpp) on torch tensors: shapes and dtypes are checked here, everything else happens there."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from compress_kernels.native import native
+from compress_kernels.sparse24.packing import Packed24
+from compress_kernels.sparse24.reference import Activation
+
+_LIBRARY = native("sparse24").library
+_TYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}  # enum Type
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+_ACTIVATION = {"float": 0, "int8": 1, "dense": 2}  # enum Activation
+_OUT_OF_MEMORY = 1
+_WORDS = 7  # of 8 bytes, of struct Matrix
+FEATURES = ("avx2", "avx512", "avx512 bf16", "avx512 vnni", "amx")  # enum Feature, from bit 0
+
+
+def features() -> tuple[str, ...]:
+    """Which of `FEATURES` the kernels use on this machine."""
+    mask = _LIBRARY.sparse24_features() if _LIBRARY is not None else 0
+    return tuple(name for bit, name in enumerate(FEATURES) if mask >> bit & 1)
+
+
+def use_features(names: Sequence[str]) -> tuple[str, ...]:
+    """Restrict the kernels to some of `FEATURES`, for tests and comparisons; returns those in use, as the machine may lack some."""
+    _library().sparse24_use_features(sum(1 << FEATURES.index(name) for name in names))
+    return features()
+
+
+def supports(x: Tensor, values: Tensor, bias: Tensor | None) -> bool:
+    """Whether `linear` takes these: they are on the CPU, in dtypes that it knows, and the kernels are built."""
+    return (
+        _LIBRARY is not None and x.is_cpu and values.is_cpu and x.dtype in _FLOATING and (bias is None or bias.dtype in _FLOATING)
+    )
+
+
+def linear(
+    x: Tensor,
+    values: Tensor,
+    meta: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    activation: Activation = "float",
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`reference.linear` on CPU tensors, by the compiled kernels.
+
+    Raises ValueError for shapes, dtypes or devices that do not fit, MemoryError when there is none for the activations.
+    """
+    return linear_many(x, ((values, meta, scale),), (bias,), activation, out_dtype)[0]
+
+
+def linear_many(
+    x: Tensor,
+    matrices: Sequence[Packed24 | tuple[Tensor, Tensor, Tensor | None]],
+    biases: Sequence[Tensor | None],
+    activation: Activation = "float",
+    out_dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """The products of x with several packed matrices: x is prepared once, and one pool of threads works on all the rows.
+
+    The matrices share K and the dtype of their values. Raises ValueError otherwise.
+    """
+    out_dtype = out_dtype or x.dtype
+    lead, columns = x.shape[:-1], x.shape[-1]
+    rows = _rows(x)
+    value_type = matrices[0][0].dtype
+    held: list[Tensor] = []  # copies must live until the call returns
+    outputs = []
+    described: list[int] = []
+    for (values, meta, scale), bias in zip(matrices, biases, strict=True):
+        count, half = values.shape
+        fits = (
+            2 * half == columns
+            and columns % 4 == 0
+            and meta.shape == (count, (columns + 7) // 8)
+            and meta.dtype is torch.uint8
+            and values.dtype is value_type
+            and (value_type is torch.int8 or activation == "float")
+            and (scale is None) == (value_type is not torch.int8)
+            and x.dtype in _FLOATING
+            and x.is_cpu
+            and values.is_cpu
+            and meta.is_cpu
+        )
+        if not fits or scale is not None or bias is not None:
+            _check(x, values, meta, scale, bias, activation, value_type)
+        if not (values.is_contiguous() and meta.is_contiguous()):
+            values, meta = values.contiguous(), meta.contiguous()
+            held += (values, meta)
+        if scale is not None:
+            held.append(scale := scale.contiguous())
+        if bias is not None:
+            held.append(bias := bias.contiguous())
+        out = torch.empty((*lead, count), dtype=out_dtype)
+        outputs.append(out)
+        described += (
+            values.data_ptr(),
+            meta.data_ptr(),
+            0 if scale is None else scale.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            count,
+            -1 if bias is None else _TYPE[bias.dtype],
+        )
+    _run(rows, value_type, out_dtype, _ACTIVATION[activation], described)
+    return outputs
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x as `[B, K]` whose rows are contiguous; a view where that is possible."""
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return rows if rows.stride()[1] == 1 else rows.contiguous()
+
+
+def dense_linear(x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    """x bf16 or fp32 `[B, K]` times a dense bf16 `[N, K]` transposed, by a kernel like the packed ones, to tell what sparsity gains from what good code does."""
+    x, weight = x.contiguous(), weight.contiguous()
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or weight.dtype != torch.bfloat16 or x.shape[1] % 4:
+        raise ValueError(f"dense_linear takes x [B, K] and a bf16 weight [N, K], K a multiple of 4, not {list(x.shape)} and {list(weight.shape)}")
+    out = x.new_empty(len(x), len(weight), dtype=out_dtype or x.dtype)
+    _run(x, torch.bfloat16, out.dtype, _ACTIVATION["dense"], [weight.data_ptr(), 0, 0, 0, out.data_ptr(), len(weight), -1])
+    return out
+
+
+def read(buffer: Tensor) -> int:
+    """Read a contiguous buffer once with `torch.get_num_threads()` threads, as fast as memory gives it: the probe of its bandwidth."""
+    _library().sparse24_read.restype = ctypes.c_int64
+    size, threads = ctypes.c_int64(buffer.nbytes), ctypes.c_int64(torch.get_num_threads())
+    return int(_library().sparse24_read(ctypes.c_void_p(buffer.data_ptr()), size, threads))
+
+
+@functools.cache
+def _layout(count: int) -> struct.Struct:
+    """`struct Call` with `count` matrices: words of 8 bytes, in the machine's order."""
+    return struct.Struct(f"{10 + _WORDS * count}q")
+
+
+def _library() -> ctypes.CDLL:
+    if _LIBRARY is None:
+        raise ValueError(f"the compiled 2:4 kernels are not available: {native('sparse24').reason}")
+    return _LIBRARY
+
+
+def _run(x: Tensor, value_type: torch.dtype, out_dtype: torch.dtype, activation: int, described: list[int]) -> None:
+    """Call the kernel for x `[B, K]` and the matrices described, `_WORDS` words each."""
+    count = len(described) // _WORDS
+    batch, columns = x.shape
+    pitch = x.stride()[0] * x.element_size()
+    kind = _TYPE[x.dtype]
+    threads = torch.get_num_threads()
+    words = (x.data_ptr(), pitch, kind, batch, columns, _TYPE[value_type], _TYPE[out_dtype], activation, threads, count, *described)
+    status = _library().sparse24_linear(_layout(count).pack(*words))
+    if status:
+        raise MemoryError("no memory for the activations of a 2:4 product") if status == _OUT_OF_MEMORY else ValueError("the 2:4 kernel refused a call")
+
+
+def _check(
+    x: Tensor, values: Tensor, meta: Tensor, scale: Tensor | None, bias: Tensor | None, activation: str, value_type: torch.dtype
+) -> None:
+    """Raise ValueError that says what does not fit."""
+    rows, columns = values.shape[0], x.shape[-1]
+    if values.shape[1] * 2 != columns or meta.shape != (rows, (columns + 7) // 8) or columns % 4:
+        raise ValueError(f"x has {columns} columns, values are {list(values.shape)} and metadata {list(meta.shape)}: not one 2:4 product")
+    if x.dtype not in _FLOATING or values.dtype not in _TYPE or meta.dtype != torch.uint8:
+        raise ValueError(f"x is {x.dtype}, values are {values.dtype}, metadata {meta.dtype}; the 2:4 product has no kernel for these")
+    if values.dtype != value_type:
+        raise ValueError(f"matrices that are multiplied at once have values of one dtype, not {value_type} and {values.dtype}")
+    if (scale is None) == (values.dtype == torch.int8) or (scale is not None and (scale.shape != (rows,) or scale.dtype != torch.float32)):
+        raise ValueError("int8 values have an fp32 scale for every row, other values have none")
+    if activation == "int8" and scale is None:
+        raise ValueError(f"int8 activations go with int8 values, and these are {values.dtype}; pack the matrix as int8")
+    if activation not in ("float", "int8"):
+        raise ValueError(f"activations are taken as 'float' or 'int8', not {activation!r}")
+    if bias is not None and (bias.shape != (rows,) or bias.dtype not in _FLOATING):
+        raise ValueError(f"a bias is [{rows}] in a floating-point dtype, not {bias.dtype} {list(bias.shape)}")
+    tensors = (x, values, meta, *(t for t in (scale, bias) if t is not None))
+    if not all(t.is_cpu for t in tensors):
+        raise ValueError(f"all tensors of a product on the CPU have to be there, not on {[str(t.device) for t in tensors]}")

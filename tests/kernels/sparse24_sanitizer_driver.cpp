@@ -1,0 +1,67 @@
+// Runs every kernel of kernels/sparse24/cpu.cpp (SOURCE is its path) on heap arrays of the exact sizes, for the sanitizers to watch.
+
+#include <stdio.h>
+
+#include <memory>
+#include <vector>
+
+#define KERNEL_SOURCE "driver"
+#include SOURCE
+
+namespace {
+
+std::vector<uint8_t> numbers(Type type, int64_t count) {
+  std::vector<uint8_t> out(size_t(count * type_size(type)));
+  for (int64_t i = 0; i < count; i++)
+    if (type == I8)
+      out[size_t(i)] = uint8_t(i * 37 % 255 - 127);
+    else
+      store_float(type, out.data(), i, float(i * 37 % 101 - 50) / 16);
+  return out;
+}
+
+bool run(int64_t columns, int64_t batch, Type x_type, Type value_type, Activation activation) {
+  const int64_t rows[2] = {35, 3};
+  const uint8_t codes[6] = {0x4, 0x8, 0x9, 0xC, 0xD, 0xE};
+  std::vector<uint8_t> x = numbers(x_type, batch * columns), buffers[2][5];
+  alignas(8) uint8_t memory[sizeof(Call) + sizeof(Matrix)] = {};
+  Call& c = *new (memory) Call{};
+  c.x = x.data(), c.x_pitch = columns * type_size(x_type), c.x_type = x_type, c.batch = batch, c.columns = columns;
+  c.value_type = value_type, c.out_type = x_type, c.activation = activation, c.threads = 2, c.count = 2;
+  for (int i = 0; i < 2; i++) {
+    const bool dense = activation == DENSE_CONTROL;
+    buffers[i][0] = numbers(value_type, rows[i] * columns / (dense ? 1 : 2));
+    buffers[i][1].resize(size_t(rows[i] * ((columns + 7) / 8)));
+    for (size_t j = 0; j < buffers[i][1].size(); j++) buffers[i][1][j] = uint8_t(codes[j % 6] | codes[j % 5] << 4);
+    buffers[i][2] = numbers(F32, rows[i]);
+    buffers[i][3] = numbers(F16, rows[i]);
+    buffers[i][4].resize(size_t(batch * rows[i] * type_size(x_type)));
+    Matrix& m = (&c.matrices[0])[i];
+    m.values = buffers[i][0].data(), m.meta = buffers[i][1].data();
+    m.scale = value_type == I8 ? reinterpret_cast<const float*>(buffers[i][2].data()) : nullptr;
+    m.bias = buffers[i][3].data(), m.bias_type = F16, m.out = buffers[i][4].data(), m.rows = rows[i];
+  }
+  return sparse24_linear(&c) == OK;
+}
+
+}  // namespace
+
+int main() {
+  const int levels[] = {0, AVX2, AVX2 | AVX512, AVX2 | AVX512 | AVX512_BF16 | AVX512_VNNI, ~0};
+  int cases = 0;
+  for (int level : levels) {
+    sparse24_use_features(level);
+    for (int64_t columns : {4, 12, 60, 516, 772})
+      for (int64_t batch : {1, 2, 5, 17, 33, 70})
+        for (Type value_type : {F32, BF16, F16, I8}) {
+          const Type x_type = Type(cases % 3);
+          if (!run(columns, batch, x_type, value_type, FLOAT_ACTIVATION) || !run(columns, batch, BF16, value_type, FLOAT_ACTIVATION)) return 1;
+          if (value_type == I8 && !run(columns, batch, x_type, I8, INT8_ACTIVATION)) return 1;
+          if (value_type == BF16 && batch < 33 && !run(columns, batch, BF16, BF16, DENSE_CONTROL)) return 1;
+          cases++;
+        }
+  }
+  std::vector<uint8_t> memory(5000);
+  sparse24_read(memory.data(), 5000, 2);
+  printf("checked %d cases\n", cases);
+}
