@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from compress import __version__, console
+from compress.blocks import learn_blocks
+from compress.experts import count_tokens, tokens_by_expert
+from compress.heap import give_back
 from compress.interrupt import Interrupted, StopFlag, stoppable
-from compress.models import fingerprint
-from compress.prune import Method
-from compress.recipe import LearnMaskRecipe, LearnSection, ScheduleSection, dump_recipe
+from compress.processes import Processes
+from compress.recipe import LearnMaskRecipe, dump_recipe
 from compress.report import write_report
 from compress.rundir import RunDir, write_atomic
 from compress.session import Session, prepare
+from compress.settings import learn_settings
+from compress.start import prior_and_baselines, summary_row
+from compress.structure import decoder_blocks
 from maskllm.checkpoint import CheckpointStore
-from maskllm.gumbel import Schedule, prior_logits
-from maskllm.learner import Learner, LearnSettings, StepRecord
-from maskllm.parametrization import MaskTarget
-from maskllm.storage import load_masks, mask_digest, save_masks
+from maskllm.learner import Learner, StepRecord
+from maskllm.optim import logit_dtype
+from maskllm.storage import difference, load_masks, mask_digest, save_masks
 
 
 @dataclass(frozen=True)
@@ -39,141 +40,95 @@ class Result:
     run: Path
 
 
-def learn_mask(recipe: LearnMaskRecipe, out: Path, *, resume: bool, command: tuple[str, list[str]]) -> Result:
-    """Run a recipe in the folder `out`. `command` (recipe, overrides) is what the user typed, to print how to resume.
+def learn_mask(recipe: LearnMaskRecipe, out: Path, *, resume: bool, resume_command: str) -> Result | None:
+    """Run a recipe in the folder `out`. `resume_command` is printed when it is interrupted: the command line that continues it.
 
+    Of several processes (`compress.processes`) the first returns the result, the others None.
     Raises UsageError before anything is written when the recipe does not fit model or text; Interrupted after SIGINT or SIGTERM,
     with the state saved; and whatever its parts raise.
     """
+    processes = Processes.join(recipe)
+    if not processes.first:
+        _learn_along(recipe, RunDir(out), processes)
+        return None
     run = RunDir.check(out, dump_recipe(recipe), resume)
     session = prepare(recipe)
     run.create(dump_recipe(recipe))
     with stoppable() as stop:
-        prior, rows = _prior_and_baselines(session, run, stop, command)
-        learner = _learner(session, run, prior)
-        try:
-            _train(session, run, learner, stop, command)
-            masks, flips = learner.masks(), learner.flipped()
-        finally:
-            learner.close()
+        prior, rows = prior_and_baselines(session, run, stop, resume_command)
+        give_back()
+        masks = prior
+        if recipe.learn.scope != "model":
+            masks = learn_blocks(session, run, prior, stop, resume_command)
+        if recipe.learn.scope == "block-then-model" and session.texts:
+            rows.append(_block_row(session, run, masks))
+        if recipe.learn.scope != "block":
+            _note_experts(session, run)
+            processes.wait()
+            learner = _learner(session, run, processes, prior, masks)
+            run.rewind_metrics(learner.step, ("step", "measure"))  # also of a run that was killed before its first checkpoint
+            if learner.step:
+                console.log.print(f"continuing after step {learner.step} of {recipe.learn.steps}")
+            try:
+                _train(session, run, learner, processes, stop, resume_command)
+                masks = learner.masks()
+            finally:
+                learner.close()
+            del learner
+            give_back()
     with session.holding(masks):
         scores = session.measure("learned")
-    rows.append(_row("learned", scores))
-    return _finish(session, run, masks, flips, rows)
+    rows.append(summary_row("learned", scores))
+    return _finish(session, run, masks, difference(masks, prior, session.pattern, session.contracted), rows)
 
 
-def learn_settings(section: LearnSection, seed: int) -> LearnSettings:
-    """The recipe's `learn` section as what `maskllm` takes."""
-
-    def schedule(s: ScheduleSection) -> Schedule:
-        return Schedule(s.start, s.end, s.curve)
-
-    return LearnSettings(
-        steps=section.steps,
-        batch=section.batch,
-        micro_batch=section.micro_batch,
-        parametrization=section.parametrization,
-        noise=section.noise,
-        hard=section.hard,
-        temperature=schedule(section.temperature),
-        scale=schedule(section.scale),
-        learning_rate=section.learning_rate,
-        warmup=section.warmup,
-        final_rate=section.final_rate,
-        betas=section.betas,
-        eps=section.eps,
-        weight_decay=section.weight_decay,
-        clip=section.clip,
-        regulariser=section.regulariser,
-        ce_weight=section.cross_entropy,
-        kl_weight=section.distillation,
-        bf16=section.precision == "bf16",
-        seed=seed,
-    )
+def _learn_along(recipe: LearnMaskRecipe, run: RunDir, processes: Processes) -> None:
+    """What every process but the first does: its share of every step."""
+    session = prepare(recipe)
+    processes.wait()
+    prior = dict(load_masks(run.prior).masks)
+    learner = _learner(session, run, processes, prior, prior)
+    with stoppable() as stop:
+        for record in learner.steps(session.blocks.batch):
+            if processes.any(stop.asked) and record.step < recipe.learn.steps:
+                raise Interrupted("stopped")
+    learner.close()
 
 
-def _row(method: str, scores: dict[str, float]) -> dict[str, Any]:
-    first = next(iter(scores.values()), None)
-    return {"method": method, "perplexity": first, "perplexities": scores}
+def _block_row(session: Session, run: RunDir, masks: dict[str, Tensor]) -> dict[str, Any]:
+    """The measurements of what was learned block by block, before learning end to end goes on from it."""
+    row: dict[str, Any] | None = run.known("block-wise")
+    if row is None:
+        with session.holding(masks):
+            row = summary_row("block-wise", session.measure("block-wise"))
+        run.know("block-wise", row)
+    return row
 
 
-def _prior_and_baselines(
-    session: Session, run: RunDir, stop: StopFlag, command: tuple[str, list[str]]
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """The prior mask, and one row for every baseline of the recipe. A resumed run reads what it already knows."""
-    recipe = session.recipe
-    prior_file = run.state / "prior.safetensors"
-    known: dict[str, dict[str, Any]] = {r["method"]: r for r in run.known("baselines") or []}
-    baselines = recipe.evaluate.baselines if session.texts else []
-
-    def record(method: str, values: dict[str, Tensor] | None) -> None:
-        if method not in baselines or method in known:
-            return
-        if values is None:
-            scores = session.measure(method)
-        else:
-            with session.holding(values):
-                scores = session.measure(method)
-        known[method] = _row(method, scores)
-        run.know("baselines", list(known.values()))
-        console.log.print(f"{method}: " + ", ".join(f"{name} {value:.2f}" for name, value in scores.items()))
-
-    record("dense", None)
-    prior: dict[str, Tensor] | None = None
-    if prior_file.exists():
-        prior = dict(load_masks(prior_file).masks)
-    methods: list[Method] = ["magnitude", "wanda", "ria", "sparsegpt"]
-    for method in methods:
-        if stop.asked:
-            raise Interrupted(f"stopped before learning. Continue with:\n  {run.resume_command(*command)}")
-        updated = "sparsegpt-update" if method == "sparsegpt" else method
-        missing = {method, updated} & set(baselines) - known.keys()
-        if not missing and not (prior is None and method == recipe.prior.method):
-            continue
-        pruned = session.one_shot(method)
-        record(method, pruned.masks)
-        if pruned.weights:
-            record("sparsegpt-update", pruned.weights)
-        if method == recipe.prior.method:
-            prior = pruned.masks
-            save_masks(prior_file, prior, session.pattern, session.contracted, {"method": method})
-    assert prior is not None
-    return prior, [known[m] for m in baselines]
+def _note_experts(session: Session, run: RunDir) -> None:
+    """Record how many tokens of the calibration text reach each expert: which ones end-to-end learning can say something about."""
+    if run.read_metrics_of("experts") or not any(ref.expert is not None for ref in session.refs):
+        return
+    seen = count_tokens(session.loaded.model, session.refs, session.calibration)
+    run.append_metric({"kind": "experts", "step": 0, "expert_tokens": tokens_by_expert(session.refs, seen)})
 
 
-def _learner(session: Session, run: RunDir, prior: dict[str, Tensor]) -> Learner:
+def _learner(session: Session, run: RunDir, processes: Processes, prior: dict[str, Tensor], start: dict[str, Tensor]) -> Learner:
+    """Ready to learn end to end from the mask `start`, or from the newest checkpoint; what flips is counted against the prior."""
     recipe = session.recipe
     settings = learn_settings(recipe.learn, recipe.seed)
-    generator = torch.Generator().manual_seed(recipe.seed)
-    logits = {
-        p.name: prior_logits(
-            prior[p.name].movedim(p.contracted_dim, -1),
-            session.pattern,
-            settings.parametrization,
-            strength=recipe.prior.strength,
-            std=recipe.prior.init_std,
-            noise=recipe.prior.noise,
-            generator=generator,
-        )
-        for p in session.parameters
-    }
-    parts = {
-        "model": fingerprint(session.loaded.model),
-        "data": session.blocks.fingerprint,
-        "recipe": hashlib.sha256(dump_recipe(recipe).encode()).hexdigest(),
-    }
-    targets = [MaskTarget(p.name, p.module, p.parameter_name, p.contracted_dim) for p in session.parameters]
-    accelerator = Accelerator(cpu=session.loaded.model.device.type == "cpu")
-    store = CheckpointStore(run.state, parts)
-    learner = Learner(session.loaded.model, targets, session.pattern, settings, logits, prior, accelerator, store)
-    resumed = learner.resume()
-    run.rewind_metrics(learner.step)  # also of a run that was killed before its first checkpoint
-    if resumed:
-        console.log.print(f"continuing after step {learner.step} of {settings.steps}")
+    logits = session.start_logits(start, session.parameters, recipe.seed, logit_dtype(settings.state))
+    targets = session.targets(session.parameters)
+    store = CheckpointStore(run.state, session.identity)
+    blocks = [block.module for block in decoder_blocks(session.loaded.model)] if settings.checkpoint_activations else []
+    model = session.loaded.model
+    processes.expect_idle(session.refs)
+    learner = Learner(model, targets, session.pattern, settings, logits, prior, processes.accelerator, store, blocks)
+    learner.resume()
     return learner
 
 
-def _train(session: Session, run: RunDir, learner: Learner, stop: StopFlag, command: tuple[str, list[str]]) -> None:
+def _train(session: Session, run: RunDir, learner: Learner, processes: Processes, stop: StopFlag, resume_command: str) -> None:
     recipe = session.recipe
     watch = session.watched_windows()
     saved = time.monotonic()
@@ -187,7 +142,7 @@ def _train(session: Session, run: RunDir, learner: Learner, stop: StopFlag, comm
                 record["perplexity"] = session.score(watch)
         run.append_metric({"kind": "measure", **record})
 
-    if recipe.evaluate.every and learner.step == 0 and not run.read_metrics():
+    if recipe.evaluate.every and learner.step == 0 and not run.read_metrics_of("measure"):
         measure()
     with console.task("learning", recipe.learn.steps, learner.step) as bar:
         for record in learner.steps(session.blocks.batch):
@@ -196,12 +151,12 @@ def _train(session: Session, run: RunDir, learner: Learner, stop: StopFlag, comm
             last = record.step == recipe.learn.steps
             if recipe.evaluate.every and (record.step % recipe.evaluate.every == 0 or last):
                 measure()
-            if stop.asked or last or time.monotonic() - saved > 60 * recipe.learn.save_minutes:
+            stopping = processes.any(stop.asked)
+            if stopping or last or time.monotonic() - saved > 60 * recipe.learn.save_minutes:
                 learner.save()
                 saved = time.monotonic()
-            if stop.asked and not last:
-                again = run.resume_command(*command)
-                raise Interrupted(f"stopped after step {record.step}; the state is saved. Continue with:\n  {again}")
+            if stopping and not last:
+                raise Interrupted(f"stopped after step {record.step}; the state is saved. Continue with:\n  {resume_command}")
 
 
 def _note(record: StepRecord) -> str:
@@ -219,7 +174,7 @@ def _finish(
     metadata = {
         "digest": digest,
         "model": session.recipe.model.source,
-        "model_fingerprint": fingerprint(session.loaded.model),
+        "model_fingerprint": session.identity["model"],
         "tool": f"maskllm-compress {__version__}",
         "recipe": dump_recipe(session.recipe),
     }

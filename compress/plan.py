@@ -9,19 +9,23 @@ from typing import Any
 
 import torch
 
-from compress.models import meta_model
+from compress.memory import MemoryModel, Stage
+from compress.models import meta_model, pick_device
 from compress.recipe import LearnMaskRecipe
 from compress.weights import by_parameter, find_weights
-from maskllm.gumbel import logit_width
 from maskllm.patterns import Pattern
 
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _MASK_SECONDS = 5e-9  # a weight and a step, forward and backward of the soft mask on two AVX-512 cores, measured
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes and seconds are estimates; `matrices` maps a kind of matrix (numbers as *) to how many there are and their shape."""
+    """`matrices` maps a kind of matrix (numbers as *) to how many there are and their shape.
+
+    steps, tokens: of learning end to end; block_steps, block_tokens: of learning block by block, over all blocks.
+    stages: what each stage holds at its fullest moment, in bytes (`compress.memory`). seconds: an estimate of the learning alone,
+    from the speed of a matrix product on this machine.
+    """
 
     model: str
     pattern: str
@@ -29,71 +33,86 @@ class Plan:
     matrices: dict[str, tuple[int, tuple[int, int]]]
     steps: int
     tokens: int
-    bytes_model: int
-    bytes_learning: int
-    bytes_activations: int
+    block_steps: int
+    block_tokens: int
+    stages: list[Stage]
     seconds: float
     device: str
 
+    @property
+    def peak(self) -> Stage:
+        """The stage that needs the most memory."""
+        return max(self.stages, key=lambda stage: stage.total)
+
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return asdict(self)
+        stages = [{"name": s.name, "bytes": s.total, "parts": s.parts} for s in self.stages]
+        return asdict(self) | {"stages": stages, "bytes_peak": self.peak.total, "peak": self.peak.name}
 
     def describe(self) -> str:
         """The plan as text."""
-        gib = 2.0**30
         lines = [f"{self.model}: {self.weights:,} weights to mask {self.pattern}, in"]
         lines += [f"  {count:5d} x {list(shape)!s:14} {kind}" for kind, (count, shape) in self.matrices.items()]
-        lines += [
-            f"{self.steps} steps, {self.tokens:,} tokens, about {self.seconds / 60:.0f} minutes of learning on this machine ({self.device})",
-            f"memory: {self.bytes_model / gib:.2f} GiB model, {self.bytes_learning / gib:.2f} GiB logits and optimizer, "
-            f"about {self.bytes_activations / gib:.2f} GiB activations",
-        ]
+        if self.block_steps:
+            lines.append(f"{self.block_steps} steps block by block, {self.block_tokens:,} tokens")
+        if self.steps:
+            lines.append(f"{self.steps} steps end to end, {self.tokens:,} tokens")
+        time_needed = f"{self.seconds / 3600:.1f} hours" if self.seconds > 7200 else f"{self.seconds / 60:.0f} minutes"
+        lines.append(f"about {time_needed} of learning on this machine ({self.device})")
+        lines.append(
+            f"memory of the {'GPU' if self.device == 'cuda' else 'process'}, in bytes, at the fullest moment of each stage:"
+        )
+        for stage in self.stages:
+            lines.append(f"  {stage.total:16,}  {stage.name}{' (the peak)' if stage is self.peak else ''}")
+            lines += [f"      {size:16,}  {holder}" for holder, size in sorted(stage.parts.items(), key=lambda p: -p[1])]
         return "\n".join(lines)
 
 
 def plan(recipe: LearnMaskRecipe) -> Plan:
-    """What `recipe` would do on this machine. Raises what a real run would: patterns that match nothing, shapes that M does not divide."""
+    """What `recipe` would do on this machine.
+
+    Raises what a real run would (patterns that match nothing, shapes that M does not divide), and CompressError for a model whose memory
+    cannot be planned.
+    """
     pattern = Pattern.parse(recipe.pattern)
     model = meta_model(recipe.model.source, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
     refs = find_weights(model, recipe.weights.include, recipe.weights.exclude)
-    by_parameter(refs)
+    parameters = by_parameter(refs)
     matrices: dict[str, tuple[int, tuple[int, int]]] = {}
     for ref in refs:
         pattern.check_divides(ref.shape[1], ref.name)
         kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", ref.name)
         matrices[kind] = (matrices.get(kind, (0, ref.shape))[0] + 1, ref.shape)
     weights = sum(ref.shape[0] * ref.shape[1] for ref in refs)
-    parameters = sum(p.numel() for p in model.parameters())
-    learn, tokens_step = recipe.learn, recipe.learn.batch * recipe.data.seqlen
-    size = _BYTES.get(recipe.model.dtype) or torch.empty((), dtype=model.dtype).element_size()
-    width = logit_width(pattern, learn.parametrization)
-    micro = learn.micro_batch * recipe.data.seqlen
-    config = model.config.get_text_config()
-    # Of a block, autograd keeps about 16 hidden states and 4 of the feed-forward's; of the head, logits of student and teacher.
-    hidden, inner = config.hidden_size, getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    kept = config.num_hidden_layers * (16 * hidden + 4 * inner) * 2 + 3 * config.vocab_size * 2
-    passes = 3 if learn.distillation == 0 else 4  # forward, two of backward, and the teacher's forward
-    rate, device = _matmul_rate(learn.precision == "bf16")
-    compute = 2 * passes * parameters * tokens_step / rate
+    total = sum(p.numel() for p in model.parameters())
+    learn, block = recipe.learn, recipe.learn.block
+    device = pick_device(recipe.model.device)
+    stages = MemoryModel(recipe, model, refs, parameters, device).stages()
+    blocks = len({p.layer for p in parameters}) if learn.scope != "model" else 0
+    steps, block_steps = learn.steps if learn.scope != "block" else 0, blocks * block.steps
+    tokens = steps * learn.batch * recipe.data.seqlen
+    block_tokens = block_steps * block.batch * (block.seqlen or recipe.data.seqlen)
+    # A forward pass and two of backward; the teacher's and the recomputed. A step of a block sees only that block's weights.
+    passes = 3 + (learn.distillation > 0) + learn.checkpoint_activations
+    products = 2 * (passes * total * tokens + (3 * weights * block_tokens // blocks if blocks else 0))
+    masks = weights * (steps + (block.steps if blocks else 0)) * _MASK_SECONDS * (1 if device.type == "cpu" else 0.02)
     return Plan(
         model=recipe.model.source,
         pattern=recipe.pattern,
         weights=weights,
         matrices=matrices,
-        steps=learn.steps,
-        tokens=learn.steps * tokens_step,
-        bytes_model=parameters * size,
-        bytes_learning=weights // pattern.m * width * 4 * 4,
-        bytes_activations=micro * kept + weights * (2 if learn.precision == "bf16" else 4),
-        seconds=learn.steps * (compute + weights * _MASK_SECONDS * (1 if device == "cpu" else 0.02)),
-        device=device,
+        steps=steps,
+        tokens=tokens,
+        block_steps=block_steps,
+        block_tokens=block_tokens,
+        stages=stages,
+        seconds=products / _matmul_rate(learn.precision == "bf16", device.type) + masks,
+        device=device.type,
     )
 
 
-def _matmul_rate(bf16: bool) -> tuple[float, str]:
+def _matmul_rate(bf16: bool, device: str) -> float:
     """Operations a second of a product as large as a small model's, measured now; half of that is what a whole network reaches."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if bf16 else torch.float32
     a, b = torch.randn(1024, 1024, device=device, dtype=dtype), torch.randn(1024, 1024, device=device, dtype=dtype)
     a @ b
@@ -104,4 +123,4 @@ def _matmul_rate(bf16: bool) -> tuple[float, str]:
         a @ b
     if device == "cuda":
         torch.cuda.synchronize()
-    return 0.5 * runs * 2 * 1024**3 / (time.perf_counter() - began), device
+    return 0.5 * runs * 2 * 1024**3 / (time.perf_counter() - began)

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from compress.errors import UsageError
 
 Method = Literal["magnitude", "wanda", "ria", "sparsegpt"]
-Baseline = Literal["dense", "magnitude", "wanda", "ria", "sparsegpt", "sparsegpt-update"]
+Baseline = Literal["dense", "magnitude", "wanda", "ria", "sparsegpt", "sparsegpt-update", "prior"]
 CurveName = Literal["linear", "exponential", "cosine", "constant"]
 
 
@@ -92,6 +92,10 @@ class PriorSection(Section):
     method: Method = Field(
         "sparsegpt", description="One-shot method whose mask learning starts from (mask only, original weights)"
     )
+    mask: str | None = Field(
+        None,
+        description="Start from a mask learned elsewhere instead: a mask file, a run directory, or a MaskLLM .npz; method is not used then",
+    )
     strength: float = Field(
         3.0, ge=0, description="The paper's alpha: how strongly the start leans to the prior, in units of init_std"
     )
@@ -107,8 +111,57 @@ class ScheduleSection(Section):
     curve: CurveName = Field("linear", description="linear is the paper's")
 
 
+class BlockSection(Section):
+    """Learning block by block; the keys of `learn` that are not here (noise, betas, precision, ...) count for it too."""
+
+    steps: int = Field(48, gt=0, description="Optimizer steps a block")
+    batch: int = Field(8, gt=0, description="Sequences a step, over all micro-batches")
+    micro_batch: int = Field(4, gt=0, description="Sequences a forward pass")
+    sequences: int = Field(64, gt=0, description="Sequences whose hidden states are kept, to learn from")
+    held_out: int = Field(
+        8, gt=0, description="Sequences beside them that decide whether a block's mask is better than its prior"
+    )
+    seqlen: int | None = Field(None, gt=1, description="Tokens a sequence; data.seqlen by default")
+    learning_rate: float = Field(3e-3, gt=0, description="Peak learning rate of the logits")
+    temperature: ScheduleSection = Field(
+        ScheduleSection(start=1.0, end=0.1, curve="exponential"), description="Softmax temperature tau"
+    )
+    scale: ScheduleSection = Field(ScheduleSection(start=100.0, end=100.0, curve="constant"), description="Logit scale kappa")
+    objective: Literal["mse", "token-normalised", "channel-normalised"] = Field(
+        "channel-normalised",
+        description="Squared error of the block's outputs relative to all targets together (mse), for each token to its own target, or "
+        "so with every channel divided by its spread",
+    )
+    prefix: Literal["dense", "pruned"] = Field(
+        "pruned",
+        description="What a block is learned on: inputs from the dense model, or from the already masked blocks before it; the targets "
+        "are the dense model's either way",
+    )
+    cache: Literal["memory", "disk"] = Field(
+        "memory", description="Where hidden states are kept between blocks; disk: in the run directory"
+    )
+    device: str | None = Field(
+        None,
+        description="Move one block at a time here to learn it (cuda, with model.device: cpu); null leaves it with the model",
+    )
+    min_tokens: int = Field(64, ge=0, description="An expert that fewer of the kept tokens reach keeps its prior")
+
+    @model_validator(mode="after")
+    def _whole_micro_batches(self) -> BlockSection:
+        for name in ("batch", "sequences", "held_out"):
+            if getattr(self, name) % self.micro_batch:
+                raise ValueError(f"{name} {getattr(self, name)} is not a multiple of micro_batch {self.micro_batch}")
+        return self
+
+
 class LearnSection(Section):
-    steps: int = Field(2000, ge=0, description="Optimizer steps; 0 keeps the prior")
+    scope: Literal["model", "block", "block-then-model"] = Field(
+        "model",
+        description="model: end to end (the paper's); block: one decoder block at a time, in the memory of one; block-then-model: end "
+        "to end from the mask learned block by block",
+    )
+    block: BlockSection = BlockSection()
+    steps: int = Field(2000, ge=0, description="Optimizer steps end to end; 0 keeps the mask that they start from")
     batch: int = Field(256, gt=0, description="Sequences a step, over all processes and micro-batches")
     micro_batch: int = Field(1, gt=0, description="Sequences a forward pass")
     parametrization: Literal["patterns", "scores"] = Field(
@@ -126,7 +179,11 @@ class LearnSection(Section):
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW")
     eps: float = Field(1e-8, gt=0, description="AdamW")
     weight_decay: float = Field(0.0, ge=0, description="AdamW, on the logits (the paper: 0.1)")
-    clip: float = Field(1.0, ge=0, description="Clip the gradient to this global norm; 0 does not clip")
+    clip: float = Field(1.0, ge=0, description="Clip the gradient to this norm; 0 does not clip")
+    clip_by: Literal["network", "weight"] = Field(
+        "network",
+        description="The norm is that of the whole network's gradient, or each weight's own with its share of clip (see docs/memory.md)",
+    )
     regulariser: float = Field(
         0.0,
         ge=0,
@@ -137,6 +194,18 @@ class LearnSection(Section):
     precision: Literal["bf16", "fp32"] = Field(
         "bf16", description="Precision of the matrix products; logits and losses stay in fp32"
     )
+    state: Literal["float32", "bfloat16", "8bit"] = Field(
+        "float32",
+        description="How logits and Adam's moments are kept end to end: 12, 6 or 4 bytes a logit; the narrow ones are rounded stochastically",
+    )
+    step_in_backward: bool = Field(
+        False,
+        description="Move a weight's logits as soon as their gradient is there, so that no whole gradient exists (2 or 4 bytes a logit less)",
+    )
+    checkpoint_activations: bool = Field(
+        False,
+        description="Keep only what enters each block and compute the block again in the backward pass: a third more time, far less memory",
+    )
     save_minutes: float = Field(10.0, gt=0, description="Write a checkpoint this often")
 
     @model_validator(mode="after")
@@ -145,6 +214,19 @@ class LearnSection(Section):
             raise ValueError("cross_entropy and distillation are both 0: there is nothing to learn from")
         if self.batch % self.micro_batch:
             raise ValueError(f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}")
+        return self
+
+    @model_validator(mode="after")
+    def _step_in_backward(self) -> LearnSection:
+        if self.step_in_backward and self.batch != self.micro_batch:
+            raise ValueError(
+                f"step_in_backward cannot sum gradients over micro-batches; set micro_batch to the batch, {self.batch} (with "
+                "checkpoint_activations more sequences fit), or step_in_backward to false"
+            )
+        if self.step_in_backward and self.clip > 0 and self.clip_by == "network":
+            raise ValueError(
+                "step_in_backward never has the whole gradient to clip by its norm; set clip_by to weight, or clip to 0"
+            )
         return self
 
 
@@ -168,6 +250,13 @@ class EvaluateSection(Section):
     every_limit: int | None = Field(None, gt=0, description="Windows of the first text to use for that")
 
 
+class DomainSection(Section):
+    """One domain: what its mask is learned from and how it is measured."""
+
+    sources: list[SourceSection] = Field(min_length=1, description="Texts to learn from, in place of data.sources")
+    text: TextSection = Field(description="Held-out text of the domain; every mask of the recipe is measured on it")
+
+
 class LearnMaskRecipe(Section):
     """Learn an N:M mask on frozen weights (`compress learn-mask`)."""
 
@@ -181,6 +270,11 @@ class LearnMaskRecipe(Section):
     prior: PriorSection = PriorSection()
     learn: LearnSection = LearnSection()
     evaluate: EvaluateSection = EvaluateSection()
+    domains: dict[str, DomainSection] = Field(
+        {},
+        description="Learn one mask for each of these domains instead of one for data.sources, each in its own folder of the run; a table "
+        "shows every mask on every domain. With prior.mask they all start from one general mask",
+    )
     seed: int = Field(0, ge=0, description="Of the order of the text, the initial noise and the Gumbel noise")
 
     @field_validator("pattern", mode="before")

@@ -33,15 +33,20 @@ def write_report(
     steps = [m for m in metrics if m["kind"] == "step"]
     measures = [m for m in metrics if m["kind"] == "measure"]
     flipped = sum(x["flipped"] for x in layers) / max(sum(x["groups"] for x in layers), 1)
-    seconds = sum(m["seconds"] for m in steps)
+    blocks = [m for m in metrics if m["kind"] == "block"]
+    seconds = sum(m["seconds"] for m in steps + blocks)
+    how = [f"{len(blocks)} blocks learned one at a time"] if blocks else []
+    how += [f"{len(steps)} steps end to end, {steps[-1]['tokens'] if steps else 0:,} tokens"] if steps or not blocks else []
     parts = [
         f"<h1>{html.escape(recipe.description or 'Learned mask')}</h1>",
-        f"<p class=note>{html.escape(recipe.model.source)}, pattern {recipe.pattern}; {len(steps)} steps, "
-        f"{steps[-1]['tokens'] if steps else 0:,} tokens, {seconds / 60:.1f} minutes of learning; {100 * flipped:.2f} % of the groups differ "
-        f"from the {recipe.prior.method} prior. Mask {digest[:16]}. compress {__version__}</p>",
+        f"<p class=note>{html.escape(recipe.model.source)}, pattern {recipe.pattern}; {'; '.join(how)}; "
+        f"{seconds / 60:.1f} minutes of learning; {100 * flipped:.2f} % of the groups differ "
+        f"from the {html.escape(recipe.prior.mask or recipe.prior.method)} prior. Mask {digest[:16]}. compress {__version__}</p>",
     ]
     if rows and rows[0]["perplexities"]:
         parts += ["<h2>Perplexity</h2>", _table(rows), _svg(_bars(rows))]
+    if blocks:
+        parts += ["<h2>Block by block</h2>", f"<p class=note>{html.escape(_block_note(blocks))}</p>", _svg(_block_bars(blocks))]
     if any("perplexity" in m for m in measures):
         parts += ["<h2>While learning</h2>", _svg(_curves([m for m in measures if "perplexity" in m], recipe))]
     if steps:
@@ -139,6 +144,33 @@ def _losses(steps: Sequence[dict[str, Any]]) -> Figure:
     )
     grid[0][1].legend(fontsize=8, frameon=False)
     _plain(grid[0][1], "schedule", "step")
+    return figure
+
+
+def _block_note(blocks: Sequence[dict[str, Any]]) -> str:
+    kept = [str(m["block"]) for m in blocks if not m["improved"]]
+    starved = [name for m in blocks for name in m.get("starved", ())]
+    note = "Held-out error of each block's outputs, relative to the dense model's, with the prior mask and with the learned one."
+    if kept:
+        note += f" No better, so the prior was kept: block {', '.join(kept)}."
+    if starved:
+        note += f" Too few tokens, so the prior was kept: {', '.join(starved[:12])}{f' and {len(starved) - 12} more' if len(starved) > 12 else ''}."
+    return note
+
+
+def _block_bars(blocks: Sequence[dict[str, Any]]) -> Figure:
+    figure, grid = _figure(9, 3, 2)
+    at = range(len(blocks))
+    names = [str(m["block"]) for m in blocks]
+    grid[0][0].bar(at, [m["error_before"] for m in blocks], color=_MUTED, width=0.8, label="prior")
+    grid[0][0].bar(at, [m["error_after"] for m in blocks], color=_ACCENT, width=0.45, label="learned")
+    grid[0][0].legend(fontsize=8, frameon=False)
+    _plain(grid[0][0], "held-out error", "decoder block")
+    grid[0][1].bar(at, [100 * m["flipped"] for m in blocks], color=_ACCENT, width=0.8)
+    _plain(grid[0][1], "groups that differ from the prior (%)", "decoder block")
+    every = max(1, len(blocks) // 12)
+    for axes in grid[0]:
+        axes.set_xticks(list(at)[::every], names[::every])
     return figure
 
 

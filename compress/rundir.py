@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +62,10 @@ class RunDir:
         return self.path / "state"
 
     @property
+    def prior(self) -> Path:
+        return self.state / "prior.safetensors"
+
+    @property
     def mask(self) -> Path:
         return self.path / "mask.safetensors"
 
@@ -86,9 +89,13 @@ class RunDir:
         text = self.metrics.read_text(encoding="utf-8")
         return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
-    def rewind_metrics(self, step: int) -> None:
-        """Drop what was recorded after `step`: those steps run again."""
-        kept = [r for r in self.read_metrics() if r["step"] <= step]
+    def read_metrics_of(self, kind: str) -> list[dict[str, Any]]:
+        """The lines of one kind."""
+        return [record for record in self.read_metrics() if record["kind"] == kind]
+
+    def rewind_metrics(self, step: int, kinds: tuple[str, ...]) -> None:
+        """Drop what was recorded of these kinds after `step`: those steps run again."""
+        kept = [r for r in self.read_metrics() if r["kind"] not in kinds or r["step"] <= step]
         write_atomic(self.metrics, "".join(json.dumps(r) + "\n" for r in kept))
 
     def known(self, name: str) -> Any:
@@ -99,10 +106,6 @@ class RunDir:
     def know(self, name: str, value: Any) -> None:
         """Save a JSON value that a resumed run need not find out again."""
         write_atomic(self.state / f"{name}.json", json.dumps(value, indent=1))
-
-    def resume_command(self, recipe: str, overrides: list[str]) -> str:
-        """The command line that continues this run."""
-        return shlex.join(["compress", "learn-mask", recipe, *overrides, "--out", str(self.path), "--resume"])
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,11 +15,14 @@ from compress import console
 from compress.data import TextSource, TokenBlocks, tokenize
 from compress.errors import UsageError
 from compress.evaluate import EvalText, evaluate_tokens, perplexity, positions, token_windows
-from compress.models import LoadedModel, load_model
+from compress.models import LoadedModel, fingerprint, load_model, pick_device
 from compress.prune import Method, Pruned, prune_one_shot
-from compress.recipe import LearnMaskRecipe, SourceSection
+from compress.recipe import LearnMaskRecipe, SourceSection, dump_recipe
 from compress.text import read_text
+from compress.walk import check_inside
 from compress.weights import ParameterRef, WeightRef, by_parameter, find_weights
+from maskllm.gumbel import prior_logits
+from maskllm.parametrization import MaskTarget
 from maskllm.patterns import Pattern
 
 _WINDOW_TOKENS = 2048  # tokens a forward pass when measuring: short windows are taken several at once
@@ -36,7 +40,39 @@ class Session:
     parameters: list[ParameterRef]
     blocks: TokenBlocks
     calibration: list[Tensor]
+    block_batches: list[Tensor]  # to learn from block by block, in micro-batches, those held out last; none with scope `model`
     texts: dict[str, EvalText]
+
+    @functools.cached_property
+    def identity(self) -> dict[str, str]:
+        """What a continued run must share with the one that saved a checkpoint. Ask first while the weights are the model's own."""
+        return {
+            "model": fingerprint(self.loaded.model),
+            "data": self.blocks.fingerprint,
+            "recipe": hashlib.sha256(dump_recipe(self.recipe).encode()).hexdigest(),
+        }
+
+    def targets(self, parameters: Sequence[ParameterRef]) -> list[MaskTarget]:
+        """These parameters as what `maskllm` masks."""
+        return [MaskTarget(p.name, p.module, p.parameter_name, p.contracted_dim) for p in parameters]
+
+    def start_logits(
+        self, masks: Mapping[str, Tensor], parameters: Sequence[ParameterRef], seed: int, dtype: torch.dtype = torch.float32
+    ) -> dict[str, Tensor]:
+        """Logits that favour `masks` by the recipe's prior strength, for these parameters; `seed` is that of the initial noise."""
+        prior, generator = self.recipe.prior, torch.Generator().manual_seed(seed)
+        return {
+            p.name: prior_logits(
+                masks[p.name].movedim(p.contracted_dim, -1),
+                self.pattern,
+                self.recipe.learn.parametrization,
+                strength=prior.strength,
+                std=prior.init_std,
+                noise=prior.noise,
+                generator=generator,
+            ).to(dtype)
+            for p in parameters
+        }
 
     @property
     def contracted(self) -> dict[str, int]:
@@ -127,30 +163,48 @@ def prepare(recipe: LearnMaskRecipe) -> Session:
     for ref in refs:
         pattern.check_divides(ref.shape[1], ref.name)
     parameters = by_parameter(refs)
-    seqlen = recipe.calibration.seqlen or recipe.data.seqlen
-    longest = max(seqlen, recipe.data.seqlen)
+    learn = recipe.learn
+    by_block, end_to_end = learn.scope != "model", learn.scope != "block"
+    if by_block:
+        check_inside(refs)
+    if by_block and learn.block.device:
+        pick_device(learn.block.device)
+    seqlen, block_seqlen = recipe.calibration.seqlen or recipe.data.seqlen, learn.block.seqlen or recipe.data.seqlen
+    longest = max(seqlen, recipe.data.seqlen, block_seqlen if by_block else 0)
     limit = positions(loaded.model)
     if limit and longest > limit:
-        raise UsageError(f"data.seqlen or calibration.seqlen is {longest}, but {wanted.source} has {limit} positions")
+        raise UsageError(
+            f"data.seqlen, calibration.seqlen or learn.block.seqlen is {longest}, but {wanted.source} has {limit} positions"
+        )
+    kept = learn.block.sequences + learn.block.held_out if by_block else 0
+    trained = learn.steps * learn.batch * recipe.data.seqlen if end_to_end else 0
     with console.log.status("reading the text"):
-        needed = max(recipe.learn.steps * recipe.learn.batch * recipe.data.seqlen, recipe.calibration.samples * seqlen)
+        needed = max(trained, recipe.calibration.samples * seqlen, kept * block_seqlen)
         sources = [text_source(s) for s in recipe.data.sources]
         # A stream is read as far as the run needs it; files are read whole, so that every part of them can be drawn.
         limit = recipe.data.max_tokens or (needed if any(s.endless for s in sources) else None)
         tokens = tokenize(sources, loaded.tokenizer, limit)
-    calibration = TokenBlocks(tokens, seqlen, recipe.seed)
-    samples = recipe.calibration.samples
-    if samples > len(calibration):
-        raise UsageError(
-            f"calibration.samples is {samples}, but the text holds only {len(calibration)} sequences of {seqlen} tokens"
-        )
-    batches = list(calibration.batch(0, samples).split(_CALIBRATION_BATCH))
+
+    def distinct(count: int, length: int, seed: int, key: str, size: int) -> list[Tensor]:
+        """`count` different sequences, `size` at once."""
+        available = TokenBlocks(tokens, length, seed)
+        if count > len(available):
+            raise UsageError(f"{key} is {count}, but the text holds only {len(available)} sequences of {length} tokens")
+        return list(available.batch(0, count).split(size))
+
+    calibration = distinct(recipe.calibration.samples, seqlen, recipe.seed, "calibration.samples", _CALIBRATION_BATCH)
+    block_batches = []
+    if by_block:
+        key = "learn.block.sequences and held_out together"
+        block_batches = distinct(kept, block_seqlen, recipe.seed + 2, key, learn.block.micro_batch)
     blocks = TokenBlocks(tokens, recipe.data.seqlen, recipe.seed + 1)
+    how = [f"{learn.block.sequences * block_seqlen:,} of them block by block"] if by_block else []
+    how += [f"{trained / len(tokens):.2f} passes end to end"] if end_to_end else []
     console.log.print(
         f"{wanted.source}: {len(refs)} matrices, {sum(p.refs[0].parameter.numel() for p in parameters):,} weights to mask {pattern}; "
-        f"{len(tokens):,} tokens of text, {recipe.learn.steps * recipe.learn.batch * recipe.data.seqlen / len(tokens):.2f} passes"
+        f"{len(tokens):,} tokens of text, {', '.join(how)}"
     )
-    return Session(recipe, loaded, pattern, refs, parameters, blocks, batches, texts)
+    return Session(recipe, loaded, pattern, refs, parameters, blocks, calibration, block_batches, texts)
 
 
 def _show(bar: console.Task, done: int, total: int, value: float) -> None:

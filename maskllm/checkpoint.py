@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from maskllm.errors import MaskError
+from maskllm.safefile import Entry, sync_folder, write_safetensors
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,19 @@ class CheckpointStore:
         partial, final = self.folder / f"step-{step:08d}.partial", self.folder / f"step-{step:08d}"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        save_file({k: v.contiguous() for k, v in tensors.items()}, partial / "state.safetensors")
-        (partial / "state.json").write_text(json.dumps({"step": step, "fingerprint": self.fingerprint}, indent=1))
-        for file in (*partial.iterdir(), partial):
-            _flush(file)
+        # One tensor at a time: the safetensors library would first copy the whole state in memory.
+        write_safetensors(partial / "state.safetensors", [Entry.of(k, v) for k, v in tensors.items()], {})
+        with open(partial / "state.json", "w", encoding="utf-8") as file:
+            json.dump({"step": step, "fingerprint": self.fingerprint}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        sync_folder(partial)
         aside = self.folder / f"{final.name}.old"
         if final.exists():  # a folder cannot be replaced by another at once: until then the old one counts
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(final, aside)
         os.replace(partial, final)
-        _flush(self.folder)
+        sync_folder(self.folder)
         shutil.rmtree(aside, ignore_errors=True)
         for old in self._complete()[: -self.keep]:
             shutil.rmtree(old)
@@ -76,11 +79,3 @@ class CheckpointStore:
         """Whole checkpoints, oldest first; one that is being replaced (`.old`) before the one that replaces it."""
         found = (p for p in self.folder.glob("step-*") if p.suffix != ".partial")
         return sorted(found, key=lambda p: (p.stem, p.suffix != ".old"))
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -2,16 +2,21 @@
 
 A step takes `batch` sequences, in micro-batches; every micro-batch draws its own mask, all with the temperature and scale of the
 step. Only the logits are trained (AdamW). Without noise the whole run is a function of the recipe and the text.
+
+Three settings save memory, each on its own: `state` keeps logits and moments in fewer bytes, `step_in_backward` moves a weight's logits
+as soon as its gradient is there, so that no two gradients exist at once, and `checkpoint_activations` keeps neither activations
+nor masked weights between the forward and the backward pass of a block.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -21,9 +26,12 @@ from torch.nn.utils import parametrize
 from maskllm.checkpoint import CheckpointStore
 from maskllm.errors import MaskError
 from maskllm.gumbel import Parametrization, Schedule
+from maskllm.head import find_head, head_loss, without_head
 from maskllm.objective import token_loss, weight_regulariser
+from maskllm.optim import MaskAdamW, StateFormat, accumulate, logit_dtype, squared_norm
 from maskllm.parametrization import MaskState, MaskTarget, attach, detach
 from maskllm.patterns import Pattern
+from maskllm.recompute import checkpoint_blocks
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,10 @@ class LearnSettings:
     steps, batch: optimizer steps, and sequences a step over all processes. micro_batch: sequences a forward pass and process.
     learning_rate: peak, in logit units; `warmup` is the share of steps that ramps up to it, then cosine to `final_rate` of it.
     regulariser: the paper's lambda, decayed linearly to 0. ce_weight, kl_weight: cross-entropy and distillation.
+    clip, clip_by: the gradient's norm is cut to `clip` over the whole network, or weight by weight, each to its share
+    `clip * sqrt(n_weight / n_network)` of n logits, which is the same where all gradients are equally large; 0 does not clip.
+    state: how logits and moments are kept (`maskllm.optim`). step_in_backward: see the module; a norm over the network is then not to be had,
+    nor a sum over micro-batches. checkpoint_activations: recompute every block in the backward pass.
     """
 
     steps: int = 2000
@@ -50,10 +62,14 @@ class LearnSettings:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip: float = 1.0
+    clip_by: Literal["network", "weight"] = "network"
     regulariser: float = 1e-5
     ce_weight: float = 1.0
     kl_weight: float = 0.0
     bf16: bool = True
+    state: StateFormat = "float32"
+    step_in_backward: bool = False
+    checkpoint_activations: bool = False
     seed: int = 0
 
     def rate(self, step: int) -> float:
@@ -84,7 +100,11 @@ class StepRecord:
 
 @dataclass
 class Learner:
-    """Learns masks over `targets` of `model`, starting from `logits`; `prior` is the mask that flips are counted against."""
+    """Learns masks over `targets` of `model`, starting from `logits`; `prior` is the mask that flips are counted against.
+
+    logits: emptied, so that they are not kept beside those that move; converted to the dtype that the settings keep them in.
+    blocks: the modules that `checkpoint_activations` recomputes, in any order. Raises MaskError for settings that do not go together.
+    """
 
     model: nn.Module
     targets: list[MaskTarget]
@@ -94,6 +114,7 @@ class Learner:
     prior: dict[str, Tensor]
     accelerator: Accelerator
     store: CheckpointStore | None = None
+    blocks: Sequence[nn.Module] = ()
     step: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -104,28 +125,60 @@ class Learner:
                 f"batch {s.batch} is not a multiple of micro_batch {s.micro_batch} times {self.accelerator.num_processes} processes; change one"
             )
         self._micro_batches = s.batch // share
+        self._check_memory_settings()
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         self.state = MaskState(
             self.pattern, s.parametrization, seed=s.seed, noise=s.noise, hard=s.hard, penalised=s.regulariser > 0
         )
-        self.weights = attach(self.targets, self.state, self.logits)
-        self.optimizer = torch.optim.AdamW(
-            [m.logits for m in self.weights.values()],
-            lr=s.learning_rate,
-            betas=s.betas,
-            eps=s.eps,
-            weight_decay=s.weight_decay,
-            fused=True,
+        start = {name: self.logits.pop(name).to(logit_dtype(s.state)) for name in list(self.logits)}
+        self.weights = attach(self.targets, self.state, start)
+        self._head = find_head(self.model)
+        logits = [m.logits for m in self.weights.values()]
+        self.optimizer = MaskAdamW(
+            logits, lr=s.learning_rate, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay, state=s.state, seed=s.seed
         )
         # Precision is this class's own business (autocast below): accelerate's would turn the logits back into float32 copies.
-        self._prepared, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
-        # Fused experts read their weight once an expert; the mask is made once a pass.
-        self._cached = any(getattr(t.module, t.parameter_name).dim() > 2 for t in self.targets)
+        self._prepared, self._stepper = self.accelerator.prepare(self.model, self.optimizer)
+        # Fused experts read their weight once an expert; the mask is made once a pass, or by `checkpoint_blocks` once a block.
+        fused = any(getattr(t.module, t.parameter_name).dim() > 2 for t in self.targets)
+        self._cached = fused and not s.checkpoint_activations
+        self._release = checkpoint_blocks(self.blocks if s.checkpoint_activations else ())
+        self._sums: dict[int, Tensor] = {}  # gradients over the micro-batches so far, by the number of the weight
+        self._squared_norms: dict[int, Tensor] = {}  # of the gradients of this step
+        self._sums_here = s.state != "float32" and self._micro_batches > 1
+        self._hooks = []
+        if s.step_in_backward or self._sums_here:
+            for number, parameter in enumerate(logits):
+                hook = functools.partial(self._on_gradient, number)
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))
+
+    def _check_memory_settings(self) -> None:
+        s = self.settings
+        if s.step_in_backward and self._micro_batches > 1:
+            raise MaskError(
+                f"step_in_backward moves the logits in every backward pass, but a step of {s.batch} sequences takes {self._micro_batches} "
+                f"of them; set micro_batch to {s.batch}, or step_in_backward to false (a state other than float32 then sums the "
+                "gradient in bfloat16, 2 bytes a logit)"
+            )
+        if s.step_in_backward and s.clip and s.clip_by == "network":
+            raise MaskError(
+                "step_in_backward never has the gradient of the whole network, so it cannot clip by its norm; set clip_by to weight, or clip to 0"
+            )
+        if self.accelerator.num_processes > 1 and (s.step_in_backward or (s.state != "float32" and self._micro_batches > 1)):
+            raise MaskError(
+                "step_in_backward, and a sum over micro-batches in a state other than float32, act before gradients are averaged over processes; "
+                "use one process, or set step_in_backward to false and state to float32"
+            )
+        if s.checkpoint_activations and not self.blocks:
+            raise MaskError("checkpoint_activations needs the blocks of the network: give `blocks`")
 
     def close(self) -> None:
         """Take the masks off the model; its weights are untouched."""
         detach(self.targets)
+        self._release()
+        for hook in self._hooks:  # logits and this object hold each other through them, where no garbage collector looks
+            hook.remove()
 
     @torch.no_grad()
     def masks(self) -> dict[str, Tensor]:
@@ -135,7 +188,9 @@ class Learner:
     @contextmanager
     def final(self) -> Iterator[None]:
         """Within it the model computes with the masks the logits stand for now, made once: for measuring amid training."""
-        with self.state.using("final"), torch.no_grad(), parametrize.cached():
+        # Under `checkpoint_activations` block by block: masked copies of all weights at once would undo what it saves.
+        once: AbstractContextManager[None] = nullcontext() if self.settings.checkpoint_activations else parametrize.cached()
+        with self.state.using("final"), torch.no_grad(), once:
             yield
 
     def flipped(self) -> dict[str, tuple[int, int]]:
@@ -149,19 +204,23 @@ class Learner:
         return counts
 
     def resume(self) -> bool:
-        """Continue from the newest checkpoint, if there is one. Raises MaskError when it belongs to another run."""
+        """Continue from the newest checkpoint, if there is one. Raises MaskError when it belongs to another run or another `state`."""
         loaded = self.store.load() if self.store else None
         if loaded is None:
             return False
-        self.step = loaded.step
         for name, mask in self.weights.items():
+            logits = loaded.tensors.get(f"logits/{name}")
+            if logits is None or logits.dtype != mask.logits.dtype or logits.shape != mask.logits.shape:
+                raise MaskError(
+                    f"the checkpoint of step {loaded.step} holds no {mask.logits.dtype} logits {tuple(mask.logits.shape)} for {name}: "
+                    "it was saved with another `state` or parametrization"
+                )
+            keys = self.optimizer.moments(mask.logits)
+            moments = {key: loaded.tensors[f"{key}/{name}"] for key in keys if f"{key}/{name}" in loaded.tensors}
+            self.optimizer.load_moments(mask.logits, loaded.step, moments)
             with torch.no_grad():
-                mask.logits.copy_(loaded.tensors[f"logits/{name}"])
-            self.optimizer.state[mask.logits] = {
-                "step": torch.tensor(float(loaded.step)),
-                "exp_avg": loaded.tensors[f"exp_avg/{name}"].to(mask.logits.device),
-                "exp_avg_sq": loaded.tensors[f"exp_avg_sq/{name}"].to(mask.logits.device),
-            }
+                mask.logits.copy_(logits)
+        self.step = loaded.step
         return True
 
     def save(self) -> None:
@@ -170,10 +229,9 @@ class Learner:
             return
         tensors = {}
         for name, mask in self.weights.items():
-            state = self.optimizer.state.get(mask.logits, {})
             tensors[f"logits/{name}"] = mask.logits.detach()
-            for key in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{key}/{name}"] = state[key] if key in state else torch.zeros_like(mask.logits)
+            for key, value in self.optimizer.moments(mask.logits).items():
+                tensors[f"{key}/{name}"] = value
         self.store.save(self.step, tensors)
 
     def steps(self, batches: Callable[[int, int], Tensor]) -> Iterator[StepRecord]:
@@ -198,14 +256,18 @@ class Learner:
         sums = torch.zeros(4, device=self.accelerator.device)
         for index, ids in enumerate(mine.split(s.micro_batch)):
             self.state.micro_batch = index * self.accelerator.num_processes + self.accelerator.process_index
-            sums += self._micro_step(ids.to(self.accelerator.device), decayed)
+            last = index == self._micro_batches - 1
+            # Gradients are averaged over the processes once a step, in the last backward pass.
+            with nullcontext() if last else self.accelerator.no_sync(self._prepared):
+                total, parts = self.losses(ids.to(self.accelerator.device), decayed)
+                sums += parts
+                if s.step_in_backward:
+                    self._check_finite(float(total.detach()))
+                self.backward(total)
         sums = self.accelerator.reduce(sums, "mean") / self._micro_batches
         loss, ce, kl, penalty = sums.tolist()
-        if not math.isfinite(loss):  # before the update, so that the logits of the last good step can still be saved
-            raise MaskError(f"the loss is {loss} at step {self.step}: lower the learning rate, or lengthen the warm-up")
-        norm = torch.nn.utils.clip_grad_norm_([m.logits for m in self.weights.values()], s.clip or math.inf)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._check_finite(loss)
+        norm = self.update()
         self.step += 1
         return StepRecord(
             self.step,
@@ -221,21 +283,84 @@ class Learner:
             time.perf_counter() - began,
         )
 
-    def _micro_step(self, ids: Tensor, decayed: float) -> Tensor:
-        s = self.settings
-        teacher = None
-        if s.kl_weight:
-            with torch.no_grad(), self.state.using("dense"), self._precision():
-                teacher = self._forward(ids)
-        with self._precision(), parametrize.cached() if self._cached else _nothing():
-            student = self._forward(ids)
-        loss, ce, kl = token_loss(student, teacher, ids, ce_weight=s.ce_weight, kl_weight=s.kl_weight)
+    def _check_finite(self, loss: float) -> None:
+        """Before an update, so that the logits of the last good step can still be saved."""
+        if not math.isfinite(loss):
+            raise MaskError(f"the loss is {loss} at step {self.step}: lower the learning rate, or lengthen the warm-up")
+
+    def losses(self, ids: Tensor, decayed: float) -> tuple[Tensor, Tensor]:
+        """Loss of one micro-batch, int64 `[sequences, length]`, to go backward from, and the record (loss, cross-entropy, KL, penalty)."""
+        s, head, teacher = self.settings, self._head, None
+        apart: AbstractContextManager[list[Tensor]] = without_head(head) if head is not None else nullcontext([])
+        once: AbstractContextManager[None] = parametrize.cached() if self._cached else nullcontext()
+        with apart as entered:
+            if s.kl_weight:
+                with torch.no_grad(), self.state.using("dense"), self._precision():
+                    teacher = self._forward(ids)
+            with self._precision(), once:
+                student = self._forward(ids)
+        if (
+            head is not None and student is not entered[-1]
+        ):  # the network does more to its logits than the head: it needs them whole
+            self._head = None
+            return self.losses(ids, decayed)
+        weights = {"ce_weight": s.ce_weight, "kl_weight": s.kl_weight}
+        if head is not None:
+            dtype = torch.bfloat16 if s.bf16 else head.weight.dtype
+            loss, ce, kl = head_loss(student, teacher, head, dtype, ids, **weights)
+        else:
+            loss, ce, kl = token_loss(student, teacher, ids, **weights)
         penalty = torch.zeros_like(ce)
         if self.state.penalised:
             penalty = decayed * weight_regulariser(self.weights.values())
             loss = loss - penalty
+        return loss, torch.stack([loss.detach().float(), ce, kl, penalty.detach().float()])
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of a micro-batch's share of the step; under `step_in_backward` also the update."""
         self.accelerator.backward(loss / self._micro_batches)
-        return torch.stack([loss.detach().float(), ce, kl, penalty.detach().float()])
+
+    def _on_gradient(self, number: int, logits: Tensor) -> None:
+        """Called by autograd when the gradient of one weight's logits is complete."""
+        assert isinstance(logits, nn.Parameter)
+        assert logits.grad is not None
+        if self.settings.step_in_backward:
+            self._squared_norms[number] = self._move(logits)
+        elif number in self._sums:
+            accumulate(self._sums[number], logits.grad, self.settings.seed, self.step, self.state.micro_batch, number)
+        else:
+            self._sums[number] = logits.grad.contiguous()
+        logits.grad = None
+
+    def _move(self, logits: nn.Parameter) -> Tensor:
+        """Step one weight's logits, clipped by their own norm. Returns its square."""
+        s = self.settings
+        assert logits.grad is not None
+        squared = squared_norm(logits.grad)
+        gain = None
+        if s.clip:
+            share = logits.numel() / sum(m.logits.numel() for m in self.weights.values())
+            gain = (s.clip * math.sqrt(share) / (squared.sqrt() + 1e-6)).clamp(max=1.0)
+        self.optimizer.step_one(logits, gain)
+        return squared
+
+    def update(self) -> Tensor:
+        """The optimizer's step, unless the backward pass took it. Returns the norm of the whole gradient before clipping."""
+        s = self.settings
+        parameters = [m.logits for m in self.weights.values()]
+        for number, total in self._sums.items():
+            parameters[number].grad = total
+        self._sums.clear()
+        if s.clip_by == "network" and not s.step_in_backward:
+            norm = torch.nn.utils.clip_grad_norm_(parameters, s.clip or math.inf)
+            self._stepper.step()
+        else:
+            if not s.step_in_backward:
+                self._squared_norms = {n: self._move(p) for n, p in enumerate(parameters) if p.grad is not None}
+            norm = torch.stack([self._squared_norms[number] for number in sorted(self._squared_norms)]).sum().sqrt()
+            self._squared_norms.clear()
+        self._stepper.zero_grad(set_to_none=True)
+        return norm
 
     def _forward(self, ids: Tensor) -> Tensor:
         out: Any = self._prepared(input_ids=ids, use_cache=False)
@@ -243,8 +368,3 @@ class Learner:
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.settings.bf16)
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield

@@ -12,9 +12,10 @@ from tiny_configs import BUILDERS, tokens
 from torch import Tensor, nn
 from torch.nn import functional
 
-from compress.calibrate import eager_experts, walk_blocks
+from compress.calibrate import walk_blocks
 from compress.capture import InputCapture, InputStats
 from compress.errors import CompressError, UsageError
+from compress.walk import eager_experts
 from compress.weights import WeightRef, find_weights
 
 TOP_K = {"mixtral": 2, "qwen2_moe": 2, "qwen3_moe": 2, "olmoe": 2, "deepseek_v2": 2, "deepseek_v3": 2, "gpt_oss": 2, "llama4": 1}

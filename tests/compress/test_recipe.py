@@ -72,6 +72,12 @@ def test_a_list_is_reached_by_number() -> None:
         ({"learn": {"steps": "many"}}, "learn.steps: "),
         ({"learn": {"batch": 3, "micro_batch": 2}}, "multiple of micro_batch"),
         ({"learn": {"distillation": 0}}, "nothing to learn from"),
+        (
+            {"learn": {"step_in_backward": True, "clip_by": "weight", "batch": 4, "micro_batch": 2}},
+            "set micro_batch to the batch, 4",
+        ),
+        ({"learn": {"step_in_backward": True, "batch": 4, "micro_batch": 4}}, "set clip_by to weight"),
+        ({"learn": {"state": "int8"}}, "learn.state: "),
         ({"pattern": "4:2"}, "not an N:M pattern"),
         ({"pattern": 124}, "in quotes"),
         ({"data": {"sources": [{"path": "a", "dataset": "b"}]}}, "either path"),

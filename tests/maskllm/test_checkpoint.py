@@ -66,7 +66,7 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("victim", ["save_file", "_flush", "os.replace"])
+@pytest.mark.parametrize("victim", ["write_safetensors", "sync_folder", "os.replace"])
 def test_a_run_killed_while_saving_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str) -> None:
     store = CheckpointStore(tmp_path, MARK)
     store.save(1, tensors(1))

@@ -1,0 +1,67 @@
+"""Two processes learn the masks that one learns."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+from compress.processes import Processes
+from compress.recipe import check_recipe
+
+# Steps so long that masks flip widely: what a process sees, and how gradients are averaged, decides the result.
+RAW = {
+    "recipe": "learn-mask",
+    "model": {"source": "asset:tiny-llama", "dtype": "float32", "device": "cpu"},
+    "weights": {"include": ["*layers.[01].*"]},
+    "data": {"sources": [{"path": "asset:wikitext2-valid"}], "seqlen": 32},
+    "prior": {"method": "magnitude"},
+    "learn": {"steps": 3, "batch": 4, "micro_batch": 1, "precision": "fp32", "learning_rate": 0.02, "warmup": 0, "noise": True},
+    "evaluate": {"baselines": []},
+}
+ONE = [sys.executable, "-m"]
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+
+
+def run(launcher, tmp_path, name, *overrides):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(RAW))
+    command = [*launcher, "compress", "learn-mask", str(recipe), *overrides, "--out", str(tmp_path / name), "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def test_two_processes_give_the_same_masks_as_one(tmp_path):
+    one, two = run(ONE, tmp_path, "one"), run(TWO, tmp_path, "two")
+    assert one.returncode == 0, one.stderr
+    assert two.returncode == 0, two.stderr
+    assert json.loads(one.stdout)["flipped"] > 0.1
+    json.loads(two.stdout)  # one object: the second process prints nothing
+    # Not the same bits in general: a process sums its own micro-batches first. Of four addends in float32, few groups can tell.
+    compare = subprocess.run(
+        [*ONE, "compress", "masks", "diff", str(tmp_path / "one"), str(tmp_path / "two"), "--json"],
+        capture_output=True,
+        text=True,
+    )
+    assert json.loads(compare.stdout)["share"] < 1e-3
+
+
+def test_with_one_micro_batch_a_process_the_bits_are_the_same(tmp_path):
+    two = run(TWO, tmp_path, "two", "learn.batch=2")
+    one = run(ONE, tmp_path, "one", "learn.batch=2")
+    assert two.returncode == 0, two.stderr
+    assert json.loads(one.stdout)["mask_sha256"] == json.loads(two.stdout)["mask_sha256"]
+
+
+def test_what_needs_one_process_says_so(tmp_path):
+    result = run(TWO, tmp_path, "block", "learn.scope=block")
+    assert result.returncode != 0
+    assert "learn.scope: block runs in one process" in result.stderr
+
+
+def test_one_process_is_the_first_and_agrees_with_itself():
+    processes = Processes.join(check_recipe(RAW, "test"))
+    assert processes.first
+    assert processes.any(True)
+    assert not processes.any(False)
