@@ -8,18 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress_kernels.loss import token_loss as kernel
 from maskllm.errors import MaskError
 from maskllm.parametrization import WeightMask
 
-_CHUNK = 1 << 22  # logits handled at once: 16 MiB of float32 a temporary, whatever the vocabulary
-
 
 class _TokenLoss(torch.autograd.Function):
-    """Cross-entropy and KL in one sweep over the logits, with the gradient made in the same sweep.
-
-    For student logits z, teacher probabilities q and label t of one token, with p = softmax(z),
-
-        ce = -log p_t,   kl = sum_v q_v (log q_v - log p_v),   d(a ce + b kl)/dz = a (p - onehot_t) + b (p - q).
+    """Cross-entropy and KL with their gradient, all made in the forward pass (`compress_kernels.loss`).
 
     Autograd through log_softmax would hold five arrays of the logits' size; this holds one.
     """
@@ -28,30 +23,9 @@ class _TokenLoss(torch.autograd.Function):
     def forward(
         ctx: Any, student: Tensor, teacher: Tensor | None, labels: Tensor, ce_weight: float, kl_weight: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        tokens, vocabulary = student.shape
-        grad = torch.empty_like(student) if ctx.needs_input_grad[0] else None
-        ce_sum = torch.zeros((), dtype=torch.float32, device=student.device)
-        kl_sum = torch.zeros_like(ce_sum)
-        rows = max(1, _CHUNK // vocabulary)
-        for a in range(0, tokens, rows):
-            log_p = torch.log_softmax(student[a : a + rows].float(), -1)
-            target = labels[a : a + rows].unsqueeze(1)
-            ce_sum -= log_p.gather(1, target).sum()
-            log_q = None
-            if teacher is not None:
-                log_q = torch.log_softmax(teacher[a : a + rows].float(), -1)
-                q = log_q.exp()
-                # A token that both mask out (-inf - -inf) adds nothing: its q is 0.
-                kl_sum += torch.sum((log_q - log_p).mul_(q).masked_fill_(q == 0, 0))
-            if grad is not None:
-                g = log_p.exp_().mul_(ce_weight + kl_weight)
-                if log_q is not None:
-                    g -= q.mul_(kl_weight)
-                if ce_weight:
-                    g.scatter_add_(1, target, torch.full_like(target, -ce_weight, dtype=g.dtype))
-                grad[a : a + rows] = g.div_(tokens)
-        ctx.grad = grad
-        ce, kl = ce_sum / tokens, kl_sum / tokens
+        tokens = student.shape[0]
+        ce, kl, ctx.grad = kernel(student, teacher, labels, ce_weight, kl_weight, ctx.needs_input_grad[0])
+        ce, kl = ce / tokens, kl / tokens
         ctx.mark_non_differentiable(ce, kl)
         return ce_weight * ce + kl_weight * kl, ce, kl
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import maskllm.objective
+from compress_kernels.loss import reference
 from maskllm.errors import MaskError
 from maskllm.objective import token_loss, weight_regulariser
 from maskllm.parametrization import MaskState, MaskTarget, attach
@@ -32,12 +33,14 @@ def by_torch(student: Tensor, teacher: Tensor | None, ids: Tensor) -> tuple[Tens
     return ce, functional.kl_div(flat.log_softmax(-1), goal, reduction="batchmean", log_target=True)
 
 
-@pytest.mark.parametrize("rows", [1, 4, 1000])
+@pytest.mark.parametrize("rows", [1, 4, 1000, "compiled"])
 @pytest.mark.parametrize(("a", "b", "taught"), [(1.0, 0.0, False), (0.0, 1.0, True), (0.3, 0.7, True), (1.0, 0.0, True)])
 def test_values_and_gradient(
-    case: tuple[Tensor, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch, rows: int, a: float, b: float, taught: bool
+    case: tuple[Tensor, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch, rows: int | str, a: float, b: float, taught: bool
 ) -> None:
-    monkeypatch.setattr(maskllm.objective, "_CHUNK", rows * VOCAB)
+    if isinstance(rows, int):  # the form in torch, so many rows at once
+        monkeypatch.setattr(maskllm.objective, "kernel", reference.token_loss)
+        monkeypatch.setattr(reference, "_CHUNK", rows * VOCAB)
     student, teacher, ids = case
     mine, other = student.clone().requires_grad_(), student.double().requires_grad_()
     loss, ce, kl = token_loss(mine, teacher if taught else None, ids, ce_weight=a, kl_weight=b)
