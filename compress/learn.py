@@ -138,6 +138,7 @@ def _train(session: Session, run: RunDir, learner: Learner, processes: Processes
         counts = learner.flipped()
         record["flipped"] = sum(a for a, _ in counts.values()) / sum(b for _, b in counts.values())
         if watch is not None:
+            give_back()  # the logits of an evaluation do not fit into what a step leaves
             with learner.final():
                 record["perplexity"] = session.score(watch)
         run.append_metric({"kind": "measure", **record})

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch.nn.utils import parametrize
 from compress.errors import CompressError, UsageError
 from compress.footprint import LiveBytes, empty_data, without_data
 from compress.heap import resident
-from compress.models import load_tokenizer
+from compress.models import load_tokenizer, resolve_source
 from compress.recipe import LearnMaskRecipe
 from compress.settings import block_settings, learn_settings
 from compress.structure import decoder_blocks
@@ -120,9 +119,14 @@ class MemoryModel:
         return Stage(name, {k: v for k, v in (always | parts).items() if v})
 
     def _loading(self) -> Stage:
-        """The weights as read stand beside the model that they are copied to when a GGUF file is dequantised."""
-        twice = self.recipe.model.source.endswith(".gguf") or any(Path(self.recipe.model.source).glob("*.gguf"))
-        return self._stage("loading", {"weights as read": self.model_bytes if twice else 0})
+        """The file that is being read is mapped into memory, and one tensor of it is converted at a time."""
+        place = resolve_source(self.recipe.model.source)
+        files = [place.folder / place.gguf_file] if place.folder and place.gguf_file else []
+        if place.folder and not files:
+            files = list(place.folder.glob("*.safetensors"))
+        parts = {"largest file": max((file.stat().st_size for file in files), default=0)}
+        parts["largest tensor"] = max(p.numel() for p in self.model.parameters()) * self.dtype.itemsize
+        return self._stage("loading", parts if self.hosted else {})
 
     def _masks(self, copies: int) -> dict[str, int]:
         return {"masks": copies * self.prunable if self.hosted else 0}

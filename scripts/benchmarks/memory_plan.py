@@ -133,6 +133,7 @@ def learn(session: Any) -> None:
             break
     watch = session.watched_windows()
     if watch is not None:
+        give_back()
         with learner.final():
             session.score(watch[:2])
     learner.masks()
