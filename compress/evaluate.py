@@ -304,6 +304,7 @@ def _score(
                 window_nlls.append(sums[0] / predicted)
                 kl += sums[1]
                 agreeing += sums[2]
+            del logits, other  # or they would live beside the next batch's
             if progress is not None:
                 progress(len(window_nlls), count, _exp(math.fsum(window_nlls) / len(window_nlls)))
     tokens = count * predicted

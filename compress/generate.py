@@ -52,14 +52,15 @@ def generate(
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     seed: int = 0,
+    stop: bool = True,
     on_text: Callable[[str], None] = lambda text: None,
 ) -> Generation:
     """Continue `prompt`, token by token, and hand the text to `on_text` in pieces as whole words are known.
 
     temperature 0 takes the most likely token every time; above 0 tokens are drawn from the whole distribution, softmax(logits /
     temperature), after `torch.manual_seed(seed)`. The repetition penalties and the like of the model's generation_config.json are not
-    used. Stops at the model's end-of-text token, after `max_new_tokens`, or at the last position of the model. Raises UsageError when
-    the prompt has no tokens or leaves no position free.
+    used. Stops at the model's end-of-text token (unless `stop` is off), after `max_new_tokens`, or at the last position of the model.
+    Raises UsageError when the prompt has no tokens or leaves no position free.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
@@ -72,7 +73,7 @@ def generate(
     room = max_new_tokens if positions is None else min(max_new_tokens, positions - length)
     if room < 1:
         raise UsageError(f"the prompt has {length} tokens, and the model has {positions} positions: nothing is left to generate")
-    ends = _end_tokens(loaded)
+    ends = _end_tokens(loaded) if stop else []
     settings = GenerationConfig(
         max_new_tokens=room,
         do_sample=temperature > 0,

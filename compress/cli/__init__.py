@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from compress import __version__
-from compress.cli import allocate_bits, doctor, export, generate, inspect, learn_mask, masks, prune, recipes, verify
+from compress.cli import allocate_bits, bench, doctor, export, generate, inspect, learn_mask, masks, prune, recipes, verify
 from compress.cli import eval as eval_
 from compress.errors import CompressError
 
@@ -33,6 +33,7 @@ app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
 app.command("validate")(recipes.validate)
 app.command("schema")(recipes.schema)
+app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(masks.app, name="masks")

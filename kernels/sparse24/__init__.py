@@ -70,7 +70,9 @@ def linear_many(
     if len(biases) != len(matrices):
         raise ValueError(f"{len(matrices)} matrices and {len(biases)} biases")
     alike = len({packed.values.dtype for packed in matrices}) == 1
-    if alike and all(_direct(x, bias) and cpu.supports(x, packed.values, bias) for packed, bias in zip(matrices, biases, strict=True)):
+    if alike and all(
+        _direct(x, bias) and cpu.supports(x, packed.values, bias) for packed, bias in zip(matrices, biases, strict=True)
+    ):
         return cpu.linear_many(x, matrices, biases, activation)
     return [linear(x, packed, bias, activation) for packed, bias in zip(matrices, biases, strict=True)]
 
@@ -86,7 +88,12 @@ def _direct(x: Tensor, bias: Tensor | None) -> bool:
 
 
 def _product(
-    x: Tensor, values: Tensor, meta: Tensor, scale: Tensor | None = None, bias: Tensor | None = None, activation: Activation = "float"
+    x: Tensor,
+    values: Tensor,
+    meta: Tensor,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: Activation = "float",
 ) -> Tensor:
     if cpu.supports(x, values, bias):
         return cpu.linear(x, values, meta, scale, bias, activation)

@@ -43,10 +43,12 @@ void gather_rows(const Plan& p, const Matrix& m, int64_t from, int64_t to, doubl
     const int64_t value_bytes = dense ? 4 : type_size(c.value_type);  // of the values of two columns
     const int64_t value_pitch = c.columns / 2 * value_bytes, meta_pitch = dense ? 0 : (c.columns + 7) / 8;
     const int64_t group = c.batch < kMaxTokens ? c.batch : kMaxTokens;
-    const int64_t parts = (c.columns * p.element * group + kActivationBytes - 1) / kActivationBytes;
+    const bool stream = c.batch <= kStreamTokens;
+    const int64_t limit = stream ? kStreamActivationBytes : kActivationBytes;
+    const int64_t parts = (c.columns * p.element * group + limit - 1) / limit;
     const int64_t span = round_up((c.columns + parts - 1) / (parts ? parts : 1), kSpan);
     // One row at a time streams best; with more tokens four rows share each load of the activations.
-    const int64_t step = c.batch <= 2 ? 1 : kMaxRows;
+    const int64_t step = stream ? 1 : kMaxRows;
     for (int64_t chunk = from; chunk < to; chunk += kChunkRows) {
         const int64_t rows = to - chunk < kChunkRows ? to - chunk : kChunkRows;
         memset(sums, 0, size_t(c.batch * kChunkRows) * sizeof(double));
@@ -274,7 +276,7 @@ API int64_t sparse24_read(const uint8_t* data, int64_t bytes, int64_t threads) {
         const uint8_t* from = data + share * omp_get_thread_num();
         int64_t sums[8] = {};
         for (int64_t i = 0; i < share; i += 64) {
-            __builtin_prefetch(from + i + kPrefetch);
+            __builtin_prefetch(from + i + kPrefetch, 0, 2);
             for (int j = 0; j < 8; ++j) sums[j] += load_as<int64_t>(from + i + 8 * j);
         }
         for (int64_t s : sums) sum += s;

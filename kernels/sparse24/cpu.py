@@ -122,10 +122,17 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def dense_linear(x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-    """x bf16 or fp32 `[B, K]` times a dense bf16 `[N, K]` transposed, by a kernel like the packed ones, to tell what sparsity gains from what good code does."""
+    """x `[B, K]` times a dense bf16 weight `[N, K]` transposed, by a kernel written as the packed ones for small batches are.
+
+    It tells what sparsity gains from what good code does. Raises ValueError for shapes and dtypes that do not fit.
+    """
     x, weight = x.contiguous(), weight.contiguous()
-    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or weight.dtype != torch.bfloat16 or x.shape[1] % 4:
-        raise ValueError(f"dense_linear takes x [B, K] and a bf16 weight [N, K], K a multiple of 4, not {list(x.shape)} and {list(weight.shape)}")
+    shapes_fit = x.dim() == weight.dim() == 2 and x.shape[1] == weight.shape[1] and x.shape[1] % 4 == 0
+    if not (shapes_fit and x.is_cpu and weight.is_cpu and x.dtype in _FLOATING and weight.dtype == torch.bfloat16):
+        raise ValueError(
+            f"dense_linear takes x [B, K] and a bf16 weight [N, K] on the CPU, K a multiple of 4, "
+            f"not {x.dtype} {list(x.shape)} and {weight.dtype} {list(weight.shape)}"
+        )
     out = x.new_empty(len(x), len(weight), dtype=out_dtype or x.dtype)
     _run(x, torch.bfloat16, out.dtype, _ACTIVATION["dense"], [weight.data_ptr(), 0, 0, 0, out.data_ptr(), len(weight), -1])
     return out
@@ -157,10 +164,26 @@ def _run(x: Tensor, value_type: torch.dtype, out_dtype: torch.dtype, activation:
     pitch = x.stride()[0] * x.element_size()
     kind = _TYPE[x.dtype]
     threads = torch.get_num_threads()
-    words = (x.data_ptr(), pitch, kind, batch, columns, _TYPE[value_type], _TYPE[out_dtype], activation, threads, count, *described)
+    words = (
+        x.data_ptr(),
+        pitch,
+        kind,
+        batch,
+        columns,
+        _TYPE[value_type],
+        _TYPE[out_dtype],
+        activation,
+        threads,
+        count,
+        *described,
+    )
     status = _library().sparse24_linear(_layout(count).pack(*words))
     if status:
-        raise MemoryError("no memory for the activations of a 2:4 product") if status == _OUT_OF_MEMORY else ValueError("the 2:4 kernel refused a call")
+        raise (
+            MemoryError("no memory for the activations of a 2:4 product")
+            if status == _OUT_OF_MEMORY
+            else ValueError("the 2:4 kernel refused a call")
+        )
 
 
 def _check(
@@ -169,12 +192,18 @@ def _check(
     """Raise ValueError that says what does not fit."""
     rows, columns = values.shape[0], x.shape[-1]
     if values.shape[1] * 2 != columns or meta.shape != (rows, (columns + 7) // 8) or columns % 4:
-        raise ValueError(f"x has {columns} columns, values are {list(values.shape)} and metadata {list(meta.shape)}: not one 2:4 product")
+        raise ValueError(
+            f"x has {columns} columns, values are {list(values.shape)} and metadata {list(meta.shape)}: not one 2:4 product"
+        )
     if x.dtype not in _FLOATING or values.dtype not in _TYPE or meta.dtype != torch.uint8:
-        raise ValueError(f"x is {x.dtype}, values are {values.dtype}, metadata {meta.dtype}; the 2:4 product has no kernel for these")
+        raise ValueError(
+            f"x is {x.dtype}, values are {values.dtype}, metadata {meta.dtype}; the 2:4 product has no kernel for these"
+        )
     if values.dtype != value_type:
         raise ValueError(f"matrices that are multiplied at once have values of one dtype, not {value_type} and {values.dtype}")
-    if (scale is None) == (values.dtype == torch.int8) or (scale is not None and (scale.shape != (rows,) or scale.dtype != torch.float32)):
+    if (scale is None) == (values.dtype == torch.int8) or (
+        scale is not None and (scale.shape != (rows,) or scale.dtype != torch.float32)
+    ):
         raise ValueError("int8 values have an fp32 scale for every row, other values have none")
     if activation == "int8" and scale is None:
         raise ValueError(f"int8 activations go with int8 values, and these are {values.dtype}; pack the matrix as int8")

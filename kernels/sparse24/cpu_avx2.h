@@ -52,7 +52,7 @@ __attribute__((target(T_AVX2))) void gather_f32(const Block& k) {
         for (int r = 0; r < R; ++r) {
             const uint8_t* values = k.values + r * k.value_pitch + c / 2 * type_size(V);
             const uint8_t* meta = k.meta + r * k.meta_pitch + c / 8;
-            _mm_prefetch(reinterpret_cast<const char*>(values) + kPrefetch, _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(values) + kPrefetch, _MM_HINT_T1);
             w[r] = load8<V>(values);
             const uint64_t columns = kTables.pick[meta[0]] | uint64_t(kTables.pick[meta[1]]) << 32;
             index[r] = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(columns)));
@@ -86,7 +86,7 @@ __attribute__((target(T_AVX2))) void gather_int8(const Block& k) {
         for (int r = 0; r < R; ++r) {
             const uint8_t* values = k.values + r * k.value_pitch + c / 2;
             const uint8_t* meta = k.meta + r * k.meta_pitch + c / 8;
-            _mm_prefetch(reinterpret_cast<const char*>(values) + kPrefetch, _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(values) + kPrefetch, _MM_HINT_T1);
             const uint64_t upper = kTables.spread[meta[1]] | 0x0404040404040404;
             const __m128i spread = _mm_set_epi64x(int64_t(upper), int64_t(kTables.spread[meta[0]]));
             w[r] = _mm256_cvtepi8_epi16(_mm_shuffle_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(values)), spread));
@@ -119,7 +119,7 @@ __attribute__((target(T_AVX2))) void dense(const Block& k) {
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
             const uint8_t* values = k.values + r * k.value_pitch + 2 * c;
-            _mm_prefetch(reinterpret_cast<const char*>(values) + kPrefetch, _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(values) + kPrefetch, _MM_HINT_T1);
             w[r] = load8<BF16>(values);
         }
 #pragma GCC unroll 4

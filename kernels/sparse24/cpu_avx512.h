@@ -24,6 +24,31 @@ SPARSE24_INLINE uint64_t meta_word(const uint8_t* meta, int64_t bytes) {
     return word;
 }
 
+// For kept value j of a step: the first column of its group, and where its index starts in a word of metadata. Words: the odd bytes of
+// what is shifted out are masked away.
+struct WordTables {
+    alignas(64) uint16_t first[32];
+    alignas(64) uint8_t bit[64];
+    constexpr WordTables() : first(), bit() {
+        for (int j = 0; j < 32; ++j) {
+            first[j] = uint16_t(j / 2 * 4);
+            bit[2 * j] = uint8_t(2 * j);
+        }
+    }
+};
+struct ByteTables {
+    alignas(64) uint8_t first[64];
+    alignas(64) uint8_t bit[64];
+    constexpr ByteTables() : first(), bit() {
+        for (int j = 0; j < 64; ++j) {
+            first[j] = uint8_t(j % 32 / 2 * 4);
+            bit[j] = uint8_t(2 * (j % 32));
+        }
+    }
+};
+static constexpr WordTables kWordTables;
+static constexpr ByteTables kByteTables;
+
 // ---- fp32 activations, any values: 32 columns, 16 kept values a step
 
 template <Type V>
@@ -47,7 +72,7 @@ INLINE_FN(T_F) void gather_f32_step(const Block& k, int64_t c, __m512 (&acc)[R][
     for (int r = 0; r < R; ++r) {
         const uint8_t* values = k.values + r * k.value_pitch + c / 2 * type_size(V);
         const uint8_t* meta = k.meta + r * k.meta_pitch + c / 8;
-        _mm_prefetch(reinterpret_cast<const char*>(values) + kPrefetch, _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(values) + kPrefetch, _MM_HINT_T1);
         w[r] = load16<V>(values, kept);
         const uint32_t codes = Tail ? uint32_t(meta_word(meta, (left + 7) / 8 < 4 ? (left + 7) / 8 : 4)) : load_as<uint32_t>(meta);
         index[r] = _mm512_ternarylogic_epi32(_mm512_srlv_epi32(_mm512_set1_epi32(int(codes)), shift), _mm512_set1_epi32(3), base, 0xEA);
@@ -98,7 +123,7 @@ INLINE_FN(T_BF16) void gather_bf16_step(const Block& k, int64_t c, __m512i base,
     for (int r = 0; r < R; ++r) {
         const uint8_t* values = k.values + r * k.value_pitch + c / 2 * type_size(V);
         const uint8_t* meta = k.meta + r * k.meta_pitch + c / 8;
-        _mm_prefetch(reinterpret_cast<const char*>(values) + kPrefetch, _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(values) + kPrefetch, _MM_HINT_T1);
         w[r] = load32<V>(values, kept);
         const __m512i codes = _mm512_set1_epi64(int64_t(meta_word(meta, Tail ? (left + 7) / 8 : 8)));
         index[r] = _mm512_ternarylogic_epi32(_mm512_multishift_epi64_epi8(shift, codes), _mm512_set1_epi16(3), base, 0xEA);
@@ -115,14 +140,7 @@ INLINE_FN(T_BF16) void gather_bf16_step(const Block& k, int64_t c, __m512i base,
 
 template <Type V, int R, int B>
 FN(T_BF16) void gather_bf16(const Block& k) {
-    alignas(64) uint16_t first[32];  // of the group of kept value j, among 64 columns
-    alignas(64) uint8_t bit[64];     // where the index of kept value j starts in the metadata; odd bytes become zero by the mask
-    for (int j = 0; j < 32; ++j) {
-        first[j] = uint16_t(j / 2 * 4);
-        bit[2 * j] = uint8_t(2 * j);
-        bit[2 * j + 1] = 0;
-    }
-    const __m512i base = _mm512_load_si512(first), shift = _mm512_load_si512(bit);
+    const __m512i base = _mm512_load_si512(kWordTables.first), shift = _mm512_load_si512(kWordTables.bit);
     __m512 acc[R][B] = {};
     int64_t c = 0;
     for (; c + 64 <= k.columns; c += 64) gather_bf16_step<V, R, B, false>(k, c, base, shift, acc);
@@ -134,7 +152,7 @@ FN(T_BF16) void gather_bf16(const Block& k) {
 // ---- int8 activations, stored as q + 128, int8 values: 128 columns, 64 kept values a step
 //
 // vpdpbusd multiplies unsigned by signed, so the activations carry an offset of 128, and 128 * sum(w) is subtracted again. A lane holds at
-// most 255 * 127 * 4 a step: the spans (kSpan to 24576 columns) cannot overflow it, and between spans sums are exact in double.
+// most 255 * 127 * 4 a step: the spans (at most 65536 columns) cannot overflow it, and between spans sums are exact in double.
 
 template <int R, int B, bool Tail>
 INLINE_FN(T_VNNI) void gather_int8_step(const Block& k, int64_t c, __m512i base, __m512i shift, __m512i (&acc)[R][B], __m512i (&offset)[R]) {
@@ -148,7 +166,7 @@ INLINE_FN(T_VNNI) void gather_int8_step(const Block& k, int64_t c, __m512i base,
     for (int r = 0; r < R; ++r) {
         const uint8_t* values = k.values + r * k.value_pitch + c / 2;
         const uint8_t* meta = k.meta + r * k.meta_pitch + c / 8;
-        _mm_prefetch(reinterpret_cast<const char*>(values) + kPrefetch, _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(values) + kPrefetch, _MM_HINT_T1);
         w[r] = _mm512_maskz_loadu_epi8(kept, values);
         const __m128i codes = Tail ? _mm_maskz_loadu_epi8(__mmask16(low_bits((left + 7) / 8)), meta)
                                    : _mm_loadu_si128(reinterpret_cast<const __m128i*>(meta));
@@ -170,12 +188,7 @@ INLINE_FN(T_VNNI) void gather_int8_step(const Block& k, int64_t c, __m512i base,
 
 template <int R, int B>
 FN(T_VNNI) void gather_int8(const Block& k) {
-    alignas(64) uint8_t first[64], bit[64];
-    for (int j = 0; j < 64; ++j) {
-        first[j] = uint8_t(j % 32 / 2 * 4);
-        bit[j] = uint8_t(2 * (j % 32));
-    }
-    const __m512i base = _mm512_load_si512(first), shift = _mm512_load_si512(bit);
+    const __m512i base = _mm512_load_si512(kByteTables.first), shift = _mm512_load_si512(kByteTables.bit);
     __m512i acc[R][B] = {}, offset[R] = {};
     int64_t c = 0;
     for (; c + 128 <= k.columns; c += 128) gather_int8_step<R, B, false>(k, c, base, shift, acc, offset);
@@ -193,7 +206,7 @@ INLINE_FN(T_BF16) void dense_step(const Block& k, int64_t c, __m512 (&acc)[R][B]
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
         const uint8_t* values = k.values + r * k.value_pitch + 2 * c;
-        _mm_prefetch(reinterpret_cast<const char*>(values) + kPrefetch, _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(values) + kPrefetch, _MM_HINT_T1);
         w[r] = (__m512bh)_mm512_maskz_loadu_epi16(m, values);
     }
 #pragma GCC unroll 4

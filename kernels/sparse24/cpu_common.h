@@ -28,7 +28,9 @@ struct Block {
 using BlockKernel = void (*)(const Block&);
 
 constexpr int64_t kSpan = 512;
-constexpr int64_t kPrefetch = 4096;  // bytes ahead of the stream of values; 2 to 4 KiB measured best, nothing lost 1.3-1.9x
+// Bytes ahead of the stream of values, into the second-level cache: measured best on Sapphire Rapids, 10 % over the first-level one; without
+// any prefetch Zen 4 lost a third to a half.
+constexpr int64_t kPrefetch = 6144;
 constexpr int kMaxRows = 4, kMaxTokens = 4;
 
 template <class T>

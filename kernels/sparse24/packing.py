@@ -105,7 +105,9 @@ def check(packed: Packed24) -> None:
         raise ValueError(f"packed 2:4 values are [N, K/2] with K a multiple of 4, not {values.dtype} {list(values.shape)}")
     rows, columns = packed.shape
     if meta.dtype != torch.uint8 or tuple(meta.shape) != (rows, (columns + 7) // 8):
-        raise ValueError(f"metadata of a {rows} x {columns} matrix is uint8 {[rows, (columns + 7) // 8]}, not {meta.dtype} {list(meta.shape)}")
+        raise ValueError(
+            f"metadata of a {rows} x {columns} matrix is uint8 {[rows, (columns + 7) // 8]}, not {meta.dtype} {list(meta.shape)}"
+        )
     if (scale is not None) != (values.dtype == torch.int8):
         raise ValueError("packed 2:4 values have a scale if, and only if, they are int8")
     if scale is not None and (scale.dtype != torch.float32 or tuple(scale.shape) != (rows,)):
@@ -118,7 +120,9 @@ def check(packed: Packed24) -> None:
         bad = torch.cat([bad, ~((meta[:, whole:] < 16) & legal[(meta[:, whole:] & 15).int()])], dim=1)
     if bad.any():
         row, byte = (int(i) for i in bad.nonzero()[0])
-        raise ValueError(f"row {row}: metadata byte {byte} is {int(meta[row, byte]):#04x}, which holds a code that is not legal 2:4 metadata")
+        raise ValueError(
+            f"row {row}: metadata byte {byte} is {int(meta[row, byte]):#04x}, which holds a code that is not legal 2:4 metadata"
+        )
 
 
 def pack_codes(codes: Tensor) -> Tensor:
@@ -157,7 +161,9 @@ def _as_values(kept: Tensor, dtype: torch.dtype, first_row: int) -> tuple[Tensor
         values = kept.to(dtype)
         lost = (values.isinf() & ~kept.isinf()).any(1)
         if lost.any():
-            raise ValueError(f"row {first_row + int(lost.nonzero()[0])} has a weight beyond the range of {dtype}; pack as bfloat16 or float32")
+            raise ValueError(
+                f"row {first_row + int(lost.nonzero()[0])} has a weight beyond the range of {dtype}; pack as bfloat16 or float32"
+            )
         return values, None
     kept = kept.float()
     if not kept.isfinite().all():

@@ -20,10 +20,18 @@ SMALLEST_MAXIMUM = 1e-30  # of a token: below it 127 / max overflows, and all it
 
 
 def linear(
-    x: Tensor, packed: Packed24, bias: Tensor | None = None, activation: Activation = "float", out_dtype: torch.dtype | None = None
+    x: Tensor,
+    packed: Packed24,
+    bias: Tensor | None = None,
+    activation: Activation = "float",
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """y `[..., N]` = x `[..., K]` times the packed `[N, K]` transposed, plus bias `[N]`, in `out_dtype` (default: that of x)."""
-    y = _integer_product(x, packed) if activation == "int8" else torch.nn.functional.linear(x.float(), expand(packed, torch.float32))
+    y = (
+        _integer_product(x, packed)
+        if activation == "int8"
+        else torch.nn.functional.linear(x.float(), expand(packed, torch.float32))
+    )
     if bias is not None:
         y = y + bias.float()
     return y.to(out_dtype or x.dtype)
@@ -43,5 +51,7 @@ def _integer_product(x: Tensor, packed: Packed24) -> Tensor:
     if packed.scale is None:
         raise ValueError(f"int8 activations go with int8 values, and these are {packed.values.dtype}; pack the matrix as int8")
     q, scale = quantize_activations(x)
-    values = expand(Packed24(packed.values, packed.meta, torch.ones_like(packed.scale)), torch.float64)  # sums below 2^53 are exact
+    values = expand(
+        Packed24(packed.values, packed.meta, torch.ones_like(packed.scale)), torch.float64
+    )  # sums below 2^53 are exact
     return (q.double() @ values.T).float() * (scale * packed.scale)

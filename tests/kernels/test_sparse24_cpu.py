@@ -49,9 +49,24 @@ def threads() -> Iterator[None]:
 def test_product_with_every_tail(level, threads, threads_used, x_dtype, value_dtype, activation) -> None:
     """Columns, rows and tokens that leave rests of every step: vectors, spans, panels, tiles and blocks of tokens."""
     torch.set_num_threads(threads_used)
-    shapes = [(1, 4, 1), (3, 12, 2), (5, 36, 3), (33, 60, 4), (7, 100, 5), (70, 132, 1), (40, 516, 17), (37, 580, 33), (5, 772, 70), (266, 64, 40)]
+    shapes = [
+        (1, 4, 1),
+        (3, 12, 2),
+        (5, 36, 3),
+        (33, 60, 4),
+        (7, 100, 5),
+        (70, 132, 1),
+        (40, 516, 17),
+        (37, 580, 33),
+        (5, 772, 70),
+        (266, 64, 40),
+    ]
     for n, k, batch in shapes:
-        packed, x, bias = random_packed(n, k, value_dtype), numbers(batch, k, seed=k, dtype=x_dtype), numbers(n, seed=n, dtype=x_dtype)
+        packed, x, bias = (
+            random_packed(n, k, value_dtype),
+            numbers(batch, k, seed=k, dtype=x_dtype),
+            numbers(n, seed=n, dtype=x_dtype),
+        )
         check_product(cpu.linear(x, *packed, bias, activation, torch.float32), x, packed, bias, activation)
 
 
@@ -65,7 +80,9 @@ def test_columns_beyond_the_first_level_cache(level, batch, value_dtype, activat
 
 
 @settings(max_examples=25)
-@given(st.integers(1, 80), st.integers(1, 90), st.integers(1, 70), st.sampled_from(KINDS), st.sampled_from(FLOATS), st.integers(0, 4))
+@given(
+    st.integers(1, 80), st.integers(1, 90), st.integers(1, 70), st.sampled_from(KINDS), st.sampled_from(FLOATS), st.integers(0, 4)
+)
 def test_any_shape(n, groups, batch, kind, x_dtype, level_index) -> None:
     need_kernel()
     cpu.use_features(LEVELS[level_index])
@@ -259,7 +276,15 @@ def test_sparse24_sanitizers(tmp_path: Path) -> None:
     assert COMPILER is not None
     source = Path(compress_kernels.__file__).parent / "sparse24" / "cpu.cpp"
     driver, program = Path(__file__).with_name("sparse24_sanitizer_driver.cpp"), tmp_path / "driver"
-    flags = ["-std=c++17", "-O0", "-w", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f'-DSOURCE="{source}"']
+    flags = [
+        "-std=c++17",
+        "-O0",
+        "-w",
+        "-fopenmp",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+        f'-DSOURCE="{source}"',
+    ]
     built = subprocess.run([COMPILER, *flags, str(driver), "-o", str(program)], capture_output=True, text=True)
     if "cannot find" in built.stderr and "san" in built.stderr:
         pytest.skip("the compiler's sanitizer libraries are not installed")
