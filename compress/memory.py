@@ -23,6 +23,7 @@ from compress.models import load_tokenizer, resolve_source
 from compress.recipe import LearnMaskRecipe
 from compress.settings import block_settings, learn_settings
 from compress.structure import decoder_blocks
+from compress.text import find_text_files
 from compress.weights import ParameterRef, WeightRef
 from maskllm.gumbel import logit_width
 from maskllm.learner import Learner
@@ -33,7 +34,12 @@ from maskllm.patterns import Pattern
 CALIBRATION_BATCH = 8  # sequences, of `compress.session`
 WINDOW_TOKENS = 2048  # of `compress.session`
 TEXT = 64 << 20  # bytes that tokenising leaves in the tokenizer's caches and the heap, measured; the ids come on top
+TOKENISED = 60  # bytes a character of a text that an evaluation tokenises whole, measured
+HEAP, HEAP_SHARE = 64 << 20, 0.05  # measured: what freed pieces between live ones take, of everything allocated below
+MAPPED = 32 << 20  # bytes, from which on the C library (glibc) takes memory from the system and returns it, instead of its heap
 SCORING = 1 << 24  # logits that an evaluation turns to float32 at once (`compress.evaluate`), beside their log-softmax
+
+_IN_PIECES = ("activations", "activations and logits", "activations, or pruning of a matrix")
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,8 @@ class MemoryModel:
         self.weight_bytes = self.prunable * itemsize
         self.hosted = self.device.type == "cpu"
         self.process = self._process() if self.hosted else 0
+        sizes = [p.numel() * itemsize for p in self.model.parameters()]
+        self.small = sum(size for size in sizes if size < MAPPED) / sum(sizes)
 
     def stages(self) -> list[Stage]:
         """Every stage that the recipe has, in order."""
@@ -115,8 +123,11 @@ class MemoryModel:
 
     def _stage(self, name: str, parts: dict[str, int]) -> Stage:
         """With what every stage holds."""
-        always = {"python, torch and text": self.process, "model": self.model_bytes}
-        return Stage(name, {k: v for k, v in (always | parts).items() if v})
+        whole = {"python, torch and text": self.process, "model": self.model_bytes} | parts
+        if self.hosted:
+            pieces = sum(size if holder in _IN_PIECES else size * self.small for holder, size in whole.items())
+            whole["heap that the C library keeps"] = HEAP + int(HEAP_SHARE * (pieces - self.small * self.process))
+        return Stage(name, {k: v for k, v in whole.items() if v})
 
     def _loading(self) -> Stage:
         """The file that is being read is mapped into memory, and one tensor of it is converted at a time."""
@@ -164,6 +175,7 @@ class MemoryModel:
             "original weights": self.weight_bytes,
             "updated weights": updated,
             "activations and logits": activations,
+            "text as tokens": TOKENISED * max(_characters(t.source.path) for t in texts) if self.hosted else 0,
         }
         return self._stage("evaluation", parts | self._masks(2))
 
@@ -282,6 +294,16 @@ def _working(out: int, contracted: int, gram: int) -> int:
     if not gram:
         return 12 * out * contracted
     return max(4 * out * contracted + 16 * contracted**2, 13 * out * contracted + 8 * contracted**2)
+
+
+def _characters(path: str | None) -> int:
+    """Of a text file; 0 for what is not one, as a hub data set, whose size a plan does not know."""
+    if path is None:
+        return 0
+    try:
+        return sum(file.stat().st_size for file in find_text_files(path))
+    except UsageError:
+        return 0
 
 
 def _dtype(name: str, model: Any) -> torch.dtype:

@@ -12,18 +12,24 @@ from compress.bench_model import model_timings
 from compress.cli import app
 from compress.errors import UsageError
 from compress.export.packed24 import export_packed
+from compress.export.source import open_source
 from compress.models import load_model
 from compress.weights import by_parameter, find_weights
 from maskllm.patterns import Pattern
+from maskllm.storage import load_masks, save_masks
+
+P24 = Pattern(2, 4)
 
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
     """tiny-llama pruned by magnitude and packed."""
-    loaded = load_model("asset:tiny-llama")
-    masks = {p.name: Pattern(2, 4).best_of(p.refs[0].parameter.detach().abs()) for p in by_parameter(find_weights(loaded.model))}
-    out = tmp_path_factory.mktemp("packed") / "model"
-    export_packed("asset:tiny-llama", out, masks=masks)
+    parameters = by_parameter(find_weights(load_model("asset:tiny-llama").model))
+    masks = {p.name: P24.best_of(p.refs[0].parameter.detach().abs()) for p in parameters}
+    folder = tmp_path_factory.mktemp("packed")
+    save_masks(folder / "mask.safetensors", masks, P24, {p.name: p.contracted_dim for p in parameters})
+    out = folder / "model"
+    export_packed(open_source("asset:tiny-llama"), out, masks=load_masks(folder / "mask.safetensors"))
     return str(out)
 
 

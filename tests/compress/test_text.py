@@ -201,7 +201,7 @@ def test_the_hub_is_asked_for_what_the_source_says(monkeypatch: pytest.MonkeyPat
         ("a.txt", b"  \n\t\n", "holds no text"),
         ("a.txt", b"", "holds no text"),
         ("a.jsonl", b"", "holds no text"),
-        ("a.csv", b"text\nx\n", r"must end in one of \.txt, \.jsonl"),
+        ("a.csv", b"text\nx\n", r"must end in one of \.txt, \.py"),
     ],
 )
 def test_a_faulty_file(tmp_path: Path, name: str, content: bytes, message: str) -> None:
