@@ -10,7 +10,8 @@ from typing import Any
 from compress import console
 from compress.errors import UsageError
 from compress.learn import learn_mask
-from compress.recipe import LearnMaskRecipe, dump_recipe
+from compress.recipe import LearnMaskRecipe
+from compress.recipe_file import dump_recipe
 from compress.rundir import write_atomic
 
 

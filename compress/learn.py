@@ -14,10 +14,12 @@ from torch import Tensor
 from compress import __version__, console
 from compress.blocks import learn_blocks
 from compress.experts import count_tokens, tokens_by_expert
+from compress.fallback import tell_missing
 from compress.heap import give_back
 from compress.interrupt import Interrupted, StopFlag, stoppable
 from compress.processes import Processes
-from compress.recipe import LearnMaskRecipe, dump_recipe
+from compress.recipe import LearnMaskRecipe
+from compress.recipe_file import dump_recipe
 from compress.report import write_report
 from compress.rundir import RunDir, write_atomic
 from compress.session import Session, prepare
@@ -53,6 +55,8 @@ def learn_mask(recipe: LearnMaskRecipe, out: Path, *, resume: bool, resume_comma
         return None
     run = RunDir.check(out, dump_recipe(recipe), resume)
     session = prepare(recipe)
+    if session.loaded.model.device.type == "cpu":
+        tell_missing("gumbel", "loss")
     run.create(dump_recipe(recipe))
     with stoppable() as stop:
         prior, rows = prior_and_baselines(session, run, stop, resume_command)

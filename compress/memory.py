@@ -290,10 +290,10 @@ class MemoryModel:
 
 
 def _working(out: int, contracted: int, gram: int) -> int:
-    """Bytes that `maskllm.priors` takes to prune one matrix: factors of the second moment, then weight, saliency and mask."""
+    """Bytes that `maskllm.priors` takes to prune one matrix: factors of the second moment, then weight and mask."""
     if not gram:
         return 12 * out * contracted
-    return max(4 * out * contracted + 16 * contracted**2, 13 * out * contracted + 8 * contracted**2)
+    return max(4 * out * contracted + 16 * contracted**2, 9 * out * contracted + 8 * contracted**2)
 
 
 def _characters(path: str | None) -> int:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from compress import __version__
-from compress.recipe import LearnMaskRecipe, dump_recipe
+from compress.recipe import LearnMaskRecipe
+from compress.recipe_file import dump_recipe
 from compress.rundir import RunDir, write_atomic
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import UsageError
+from compress.fallback import tell_missing
 from compress.packed import VALUE_DTYPES, PackedMatrix, check_codes, is_packed
 from compress.structure import is_conv1d, is_linear, join
 from compress_kernels import sparse24
@@ -171,6 +172,8 @@ def install(model: nn.Module, matrices: Iterable[PackedMatrix], activation: Acti
 
     Raises UsageError when the model has no such parameters, or modules of a kind that cannot run packed (see `check_packable`).
     """
+    if not torch.cuda.is_available():
+        tell_missing("sparse24")
     for matrix in matrices:
         check_packable(model, matrix)
         module_name, _, parameter = matrix.name.rpartition(".")

@@ -17,7 +17,8 @@ from compress.errors import UsageError
 from compress.evaluate import EvalText, evaluate_tokens, perplexity, positions, token_windows
 from compress.models import LoadedModel, fingerprint, load_model, pick_device
 from compress.prune import Method, Pruned, prune_one_shot
-from compress.recipe import LearnMaskRecipe, SourceSection, dump_recipe
+from compress.recipe import LearnMaskRecipe, SourceSection
+from compress.recipe_file import dump_recipe
 from compress.text import read_text
 from compress.walk import check_inside
 from compress.weights import ParameterRef, WeightRef, by_parameter, find_weights

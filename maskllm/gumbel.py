@@ -144,14 +144,12 @@ def prior_logits(
     std: float,
     noise: bool,
     generator: torch.Generator | None = None,
-    margin: Tensor | None = None,
 ) -> Tensor:
     """Initial logits that favour a known mask (paper eq. 9-10): `pi += (<M0, S_k> - mean) * std * strength`.
 
     mask: bool `[..., K]`, exactly N of M. strength: the paper's alpha (3). std: standard deviation of the initial logits (0.01).
     noise=True draws N(0, std) first, as the paper does; the prior is then the argmax of only about 94 % of the groups at strength 3.
     noise=False starts from zero, and the argmax is the prior exactly.
-    margin: float `[..., K/M]` in (0, inf), how sure the prior is of each group relative to the others; it multiplies the strength.
     Returns float32 `[..., K/M, C]` or, for scores, `[..., K/M, M]`: a kept weight's score is `std * strength * (1 - N/M)`, a
     pruned one's `-std * strength * N/M`, which gives the same candidate logits.
     """
@@ -163,8 +161,6 @@ def prior_logits(
     else:
         lean = groups - pattern.n / pattern.m
     lean *= strength * std
-    if margin is not None:
-        lean *= margin.unsqueeze(-1)
     if noise:
         # Noise on scores is scaled so that candidate logits have the spread `std` they have in the other parametrisation.
         spread = std if parametrization == "patterns" else std / math.sqrt(pattern.n)

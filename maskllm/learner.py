@@ -32,6 +32,7 @@ from maskllm.optim import MaskAdamW, StateFormat, accumulate, logit_dtype, squar
 from maskllm.parametrization import MaskState, MaskTarget, attach, detach
 from maskllm.patterns import Pattern
 from maskllm.recompute import checkpoint_blocks
+from maskllm.storage import difference
 
 
 @dataclass(frozen=True)
@@ -195,12 +196,10 @@ class Learner:
 
     def flipped(self) -> dict[str, tuple[int, int]]:
         """Groups of each weight that differ from the prior now, and how many there are."""
-        counts = {}
-        for target in self.targets:
-            now = self.weights[target.name].hard()
-            differs = (now != self.prior[target.name].to(now.device)).movedim(target.contracted_dim, -1)
-            groups = differs.unflatten(-1, (-1, self.pattern.m)).any(-1)
-            counts[target.name] = (int(groups.sum()), groups.numel())
+        counts: dict[str, tuple[int, int]] = {}
+        for target in self.targets:  # one at a time: no second set of masks exists
+            now, prior = {target.name: self.weights[target.name].hard()}, {target.name: self.prior[target.name]}
+            counts |= difference(now, prior, self.pattern, {target.name: target.contracted_dim})
         return counts
 
     def resume(self) -> bool:

@@ -39,11 +39,10 @@ def ria(weight: Tensor, sum_squares: Tensor, exponent: float = 0.5) -> Tensor:
 
 @dataclass(frozen=True)
 class SparseGPTResult:
-    """mask: bool `[out, in]`. weight: `[out, in]` float32, pruned and updated. saliency: `w^2 / [H^-1]_jj` when each weight was decided."""
+    """mask: bool `[out, in]`. weight: `[out, in]` float32, pruned and updated."""
 
     mask: Tensor
     weight: Tensor
-    saliency: Tensor
 
 
 @torch.no_grad()
@@ -64,7 +63,6 @@ def sparsegpt(weight: Tensor, gram: Tensor, pattern: Pattern, *, damping: float 
     upper = inverse_factor(h)
 
     mask = torch.zeros_like(w, dtype=torch.bool)
-    saliency = torch.zeros_like(w)
     for start in range(0, columns, step):
         end = min(start + step, columns)
         part, u = w[:, start:end], upper[start:end, start:end]
@@ -73,7 +71,6 @@ def sparsegpt(weight: Tensor, gram: Tensor, pattern: Pattern, *, damping: float 
             if j % pattern.m == 0:
                 group = slice(j, j + pattern.m)
                 score = part[:, group].square() / u.diagonal()[group].square()
-                saliency[:, start + j : start + j + pattern.m] = score
                 mask[:, start + j : start + j + pattern.m] = pattern.best_of(score)
             column = part[:, j]
             error = torch.where(mask[:, start + j], 0.0, column) / u[j, j]
@@ -81,4 +78,4 @@ def sparsegpt(weight: Tensor, gram: Tensor, pattern: Pattern, *, damping: float 
             errors[:, j] = error
         w[:, end:] -= errors @ upper[start:end, end:]
     w[~mask] = 0  # what the subtraction leaves of a pruned weight is rounding
-    return SparseGPTResult(mask, w, saliency)
+    return SparseGPTResult(mask, w)

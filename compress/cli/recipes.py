@@ -19,7 +19,7 @@ def ls(json_: Annotated[bool, typer.Option("--json", help="One JSON object: name
 
     **Example**: `compress recipes ls`
     """
-    from compress.recipe import load_recipe, shipped_recipes
+    from compress.recipe_file import load_recipe, shipped_recipes
 
     listed = {name: load_recipe(path).description for name, path in shipped_recipes().items()}
     if json_:
@@ -36,7 +36,7 @@ def show(name: Annotated[str, typer.Argument(help="Name of a shipped recipe, or 
 
     **Example**: `compress recipes show quickstart`
     """
-    from compress.recipe import recipe_path
+    from compress.recipe_file import recipe_path
 
     typer.echo(recipe_path(name).read_text(encoding="utf-8"), nl=False)
 
@@ -50,7 +50,7 @@ def cp(
 
     **Example**: `compress recipes cp quickstart mine.yaml`
     """
-    from compress.recipe import recipe_path
+    from compress.recipe_file import recipe_path
 
     source = recipe_path(name)
     file = target / source.name if target.is_dir() else target
@@ -75,7 +75,7 @@ def validate(
     - `compress validate mine.yaml`
     - `compress validate quickstart learn.steps=10`
     """
-    from compress.recipe import dump_recipe, load_recipe, recipe_path
+    from compress.recipe_file import dump_recipe, load_recipe, recipe_path
 
     loaded = load_recipe(recipe_path(recipe), overrides)
     typer.echo(json.dumps(loaded.model_dump(mode="json")) if json_ else dump_recipe(loaded), nl=json_)

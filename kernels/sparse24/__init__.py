@@ -2,7 +2,8 @@
 
 `linear` and `linear_many` are what layers call; `compress::sparse24_linear` is the same product as a torch operator, which torch.compile,
 fake tensors and autograd see. On a CPU the compiled kernels compute it (cpu.cpp), on a GPU cuda.py, and where these cannot, the torch
-reference; `implementation` says which and why. reference.py defines the result, NaN and infinities included.
+reference; `implementation` says which and why. reference.py defines the result; of activations that are not finite GPUs give less
+(see `cuda.linear`).
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def _python(command: list[str]) -> str:
 def run_stage(recipe_name: str, overrides: list[str], stage: str) -> dict[str, int]:
     """Run one stage here. Returns its peak, and what the process held before it, with the model loaded."""
     from compress.heap import give_back, peak, resident, restart_peak
-    from compress.recipe import load_recipe, recipe_path
+    from compress.recipe_file import load_recipe, recipe_path
     from compress.session import prepare
 
     # Learning repeats its steps, and scoring its windows: a few show the peak.

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from compress.cli import app
 from compress.domains import domain_recipes
 from compress.errors import UsageError
-from compress.recipe import check_recipe, load_recipe, recipe_path
+from compress.recipe_file import check_recipe, load_recipe, recipe_path
 
 TEXT = {"seqlen": 64, "limit": 2, "bos": "none"}
 RAW = {

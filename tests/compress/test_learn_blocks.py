@@ -31,7 +31,7 @@ from compress.experts import count_tokens, tokens_by_expert
 from compress.interrupt import Interrupted, StopFlag
 from compress.models import LoadedModel
 from compress.prune import prune_one_shot
-from compress.recipe import check_recipe
+from compress.recipe_file import check_recipe
 from compress.rundir import RunDir
 from compress.session import Session
 from compress.weights import by_parameter, find_weights

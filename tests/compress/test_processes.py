@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 from compress.processes import Processes
-from compress.recipe import check_recipe
+from compress.recipe_file import check_recipe
 
 # Steps so long that masks flip widely: what a process sees, and how gradients are averaged, decides the result.
 RAW = {

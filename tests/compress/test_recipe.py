@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from compress.errors import UsageError
-from compress.recipe import LearnMaskRecipe, apply_override, check_recipe, dump_recipe, load_recipe, recipe_path, shipped_recipes
+from compress.recipe import LearnMaskRecipe
+from compress.recipe_file import apply_override, check_recipe, dump_recipe, load_recipe, recipe_path, shipped_recipes
 
 MINIMAL = {"model": {"source": "asset:tiny-llama"}, "data": {"sources": [{"path": "asset:wikipedia"}]}}
 
