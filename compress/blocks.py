@@ -38,6 +38,7 @@ from compress.weights import ParameterRef
 from compress_kernels.gumbel import stream_key
 from maskllm.blockwise import BlockLearner, BlockResult, applied
 from maskllm.checkpoint import Checkpoint, CheckpointStore
+from maskllm.optim import logit_dtype
 from maskllm.storage import difference, pack_mask, unpack_mask
 
 _MASK = "mask/"  # before the name of a parameter, in checkpoints
@@ -187,7 +188,7 @@ class _Stage:
             states.inputs,
             states.outputs,
             self.section.held_out // self.section.micro_batch,
-            self.session.start_logits(self.prior, here, seed >> 1),
+            self.session.start_logits(self.prior, here, seed >> 1, logit_dtype(self.settings.state)),
             prior,
             frozen,
         )

@@ -24,8 +24,8 @@ from transformers import masking_utils
 
 import maskllm.gumbel
 import maskllm.head
-import maskllm.learner
 import maskllm.parametrization
+import maskllm.update
 from compress_kernels.native import native
 from maskllm.optim import MaskAdamW, code_table
 from maskllm.patterns import Pattern
@@ -171,8 +171,8 @@ def shapes_only(live: LiveBytes) -> Iterator[None]:
             (maskllm.gumbel, "masked_weight_backward", masked_weight_backward),
             (maskllm.parametrization, "hard_mask", hard_mask),
             (maskllm.head, "token_loss", token_loss),
-            (maskllm.learner, "squared_norm", squared_norm),
-            (maskllm.learner, "accumulate", nothing),
+            (maskllm.update, "squared_norm", squared_norm),
+            (maskllm.update, "accumulate", nothing),
             (MaskAdamW, "_update", nothing),
             # Transformers looks at positions to see whether a row holds several texts, and makes an attention mask when it cannot tell.
             (masking_utils, "find_packed_sequence_indices", nothing),

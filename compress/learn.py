@@ -70,6 +70,7 @@ def learn_mask(recipe: LearnMaskRecipe, out: Path, *, resume: bool, resume_comma
             _note_experts(session, run)
             processes.wait()
             learner = _learner(session, run, processes, prior, masks)
+            processes.wait()  # all of them have read what the checkpoint holds
             run.rewind_metrics(learner.step, ("step", "measure"))  # also of a run that was killed before its first checkpoint
             if learner.step:
                 console.log.print(f"continuing after step {learner.step} of {recipe.learn.steps}")
@@ -87,15 +88,16 @@ def learn_mask(recipe: LearnMaskRecipe, out: Path, *, resume: bool, resume_comma
 
 
 def _learn_along(recipe: LearnMaskRecipe, run: RunDir, processes: Processes) -> None:
-    """What every process but the first does: its share of every step."""
+    """What every process but the first does: its share of every step, and of what reads masks that are shared out."""
     session = prepare(recipe)
     processes.wait()
     prior = dict(load_masks(run.prior).masks)
     learner = _learner(session, run, processes, prior, prior)
+    processes.wait()
     with stoppable() as stop:
-        for record in learner.steps(session.blocks.batch):
-            if processes.any(stop.asked) and record.step < recipe.learn.steps:
-                raise Interrupted("stopped")
+        _train(session, run, learner, processes, stop, "")
+        if processes.sharded:
+            learner.masks()
     learner.close()
 
 
@@ -127,17 +129,22 @@ def _learner(session: Session, run: RunDir, processes: Processes, prior: dict[st
     blocks = [block.module for block in decoder_blocks(session.loaded.model)] if settings.checkpoint_activations else []
     model = session.loaded.model
     processes.expect_idle(session.refs)
-    learner = Learner(model, targets, session.pattern, settings, logits, prior, processes.accelerator, store, blocks)
+    accelerator, sharded = processes.accelerator, processes.sharded
+    learner = Learner(model, targets, session.pattern, settings, logits, prior, accelerator, store, blocks, sharded)
     learner.resume()
     return learner
 
 
 def _train(session: Session, run: RunDir, learner: Learner, processes: Processes, stop: StopFlag, resume_command: str) -> None:
-    recipe = session.recipe
-    watch = session.watched_windows()
+    """Learn to the end. Only the first process records and writes; the others measure and save along where masks are shared out."""
+    recipe, first = session.recipe, processes.first
+    measuring = first or processes.sharded
+    watch = session.watched_windows() if measuring else None
     saved = time.monotonic()
 
     def measure() -> None:
+        if not measuring:
+            return
         record: dict[str, Any] = {"step": learner.step, "tokens": learner.step * recipe.learn.batch * recipe.data.seqlen}
         counts = learner.flipped()
         record["flipped"] = sum(a for a, _ in counts.values()) / sum(b for _, b in counts.values())
@@ -145,19 +152,22 @@ def _train(session: Session, run: RunDir, learner: Learner, processes: Processes
             give_back()  # the logits of an evaluation do not fit into what a step leaves
             with learner.final():
                 record["perplexity"] = session.score(watch)
-        run.append_metric({"kind": "measure", **record})
+        if first:
+            run.append_metric({"kind": "measure", **record})
 
-    if recipe.evaluate.every and learner.step == 0 and not run.read_metrics_of("measure"):
+    begun = first and bool(run.read_metrics_of("measure"))
+    if recipe.evaluate.every and learner.step == 0 and not processes.any(begun):
         measure()
     with console.task("learning", recipe.learn.steps, learner.step) as bar:
         for record in learner.steps(session.blocks.batch):
-            run.append_metric({"kind": "step", **dataclasses.asdict(record)})
+            if first:
+                run.append_metric({"kind": "step", **dataclasses.asdict(record)})
             bar.update(record.step, _note(record))
             last = record.step == recipe.learn.steps
             if recipe.evaluate.every and (record.step % recipe.evaluate.every == 0 or last):
                 measure()
             stopping = processes.any(stop.asked)
-            if stopping or last or time.monotonic() - saved > 60 * recipe.learn.save_minutes:
+            if processes.any(stopping or last or time.monotonic() - saved > 60 * recipe.learn.save_minutes):
                 learner.save()
                 saved = time.monotonic()
             if stopping and not last:

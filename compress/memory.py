@@ -30,6 +30,7 @@ from maskllm.learner import Learner
 from maskllm.optim import logit_dtype
 from maskllm.parametrization import MaskState, MaskTarget, attach, detach
 from maskllm.patterns import Pattern
+from maskllm.update import LogitUpdates
 
 CALIBRATION_BATCH = 8  # sequences, of `compress.session`
 WINDOW_TOKENS = 2048  # of `compress.session`
@@ -213,17 +214,27 @@ class MemoryModel:
         block = decoder_blocks(self.model)[layer].module
         seqlen = section.seqlen or recipe.data.seqlen
         state, args, kwargs = self._entering(block, section.micro_batch, seqlen)
-        targets, logits = self._start([p for p in self.parameters if p.layer == layer], torch.float32)
+        targets, logits = self._start([p for p in self.parameters if p.layer == layer], logit_dtype(settings.state))
         self.model.requires_grad_(False)
-        weights = attach(targets, MaskState(self.pattern, settings.parametrization), logits)
+        masks = MaskState(self.pattern, settings.parametrization)
+        weights = attach(targets, masks, logits)
+        del logits
+        micro_batches = settings.batch // settings.micro_batch
+        updates = LogitUpdates(weights, masks, settings, micro_batches)
         live.add([mask.logits for mask in weights.values()], "logits")
-        moments = [torch.empty_like(mask.logits) for mask in weights.values() for _ in range(2)]
-        live.add(moments, "moments")
+        for mask in weights.values():
+            live.add(updates.optimizer.moments(mask.logits).values(), "moments")
         live.restart()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.bf16), parametrize.cached():
-            found = block(state.clone(), *args, **kwargs)
-        found = found[0] if isinstance(found, (tuple, list)) else found
-        (found.float() - state.float()).square().sum(-1).mean().backward()
+        for _ in range(min(2, micro_batches)):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.bf16), parametrize.cached():
+                found = block(state.clone(), *args, **kwargs)
+            found = found[0] if isinstance(found, (tuple, list)) else found
+            loss = (found.float() - state.float()).square().sum(-1).mean()
+            del found
+            loss.backward()
+            del loss
+        updates.finish()
+        updates.close()
         held = {k: v for k, v in live.at_peak.items() if k != "model"}
         detach(targets)
         sequences = section.sequences + section.held_out
@@ -267,7 +278,7 @@ class MemoryModel:
         )
         live.add([mask.logits for mask in learner.weights.values()], "logits")
         for mask in learner.weights.values():
-            live.add(learner.optimizer.moments(mask.logits).values(), "moments")
+            live.add(learner.updates.optimizer.moments(mask.logits).values(), "moments")
         live.restart()
         ids = torch.zeros(settings.micro_batch, recipe.data.seqlen, dtype=torch.int64, device=self.device)
         for index in range(min(2, settings.batch // settings.micro_batch)):
@@ -275,7 +286,7 @@ class MemoryModel:
             loss, parts = learner.losses(ids, settings.regulariser)
             learner.backward(loss)
             del loss, parts
-        learner.update()
+        learner.updates.finish()
         if recipe.evaluate.every and recipe.evaluate.texts:
             text = next(iter(recipe.evaluate.texts.values()))
             windows = torch.zeros(max(1, WINDOW_TOKENS // text.seqlen), text.seqlen, dtype=torch.int64, device=self.device)

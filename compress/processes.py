@@ -18,6 +18,7 @@ from compress import console
 from compress.errors import UsageError
 from compress.models import pick_device
 from compress.recipe import LearnMaskRecipe
+from compress.recipe_routing import LearnRoutingRecipe
 from compress.weights import WeightRef
 
 _PATIENCE = timedelta(hours=12)  # the others wait while the first prunes and measures
@@ -28,9 +29,10 @@ class Processes:
     """The processes of this run, seen from this one."""
 
     accelerator: Accelerator
+    sharded: bool = False  # each keeps its own share of the logits, and all of them take part in whatever reads a mask
 
     @classmethod
-    def join(cls, recipe: LearnMaskRecipe) -> Processes:
+    def join(cls, recipe: LearnMaskRecipe | LearnRoutingRecipe) -> Processes:
         """Meet the others, if there are any. Raises UsageError for what several processes cannot do."""
         handlers = [
             InitProcessGroupKwargs(timeout=_PATIENCE),
@@ -40,16 +42,17 @@ class Processes:
         if accelerator.num_processes > 1:
             if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
                 raise UsageError(
-                    f"{accelerator.distributed_type.value} is not supported: every process holds the whole model and its logits; launch "
-                    "with --multi_gpu, and where that does not fit set learn.checkpoint_activations and learn.state: 8bit"
+                    f"{accelerator.distributed_type.value} is not what shares a mask out over processes here; launch with --multi_gpu, and set "
+                    "learn.shard: true where logits and optimizer state do not fit into each GPU"
                 )
-            if recipe.learn.scope != "model":
+            if isinstance(recipe, LearnMaskRecipe) and recipe.learn.scope != "model":
                 raise UsageError(
                     f"learn.scope: {recipe.learn.scope} runs in one process; launch it without accelerate or torchrun"
                 )
             if not accelerator.is_main_process:
                 console.log.quiet = True
-        return cls(accelerator)
+        shard = isinstance(recipe, LearnMaskRecipe) and recipe.learn.shard
+        return cls(accelerator, shard and accelerator.num_processes > 1)
 
     @property
     def first(self) -> bool:
@@ -57,8 +60,16 @@ class Processes:
         return self.accelerator.is_main_process
 
     def expect_idle(self, refs: Sequence[WeightRef]) -> None:
-        """Experts in a list may get no token in a micro-batch, and their logits no gradient; averaging must not wait for it then."""
+        """Experts in a list may get no token in a micro-batch, and their logits no gradient; averaging must not wait for it then.
+
+        Raises UsageError where the logits are shared out, which cannot do without them.
+        """
         idle = any(ref.expert is not None and ref.parameter.dim() == 2 for ref in refs)
+        if idle and self.sharded:
+            raise UsageError(
+                "learn.shard needs every process to read the same weights, but these experts are modules that only run where a token reaches "
+                "them; set learn.shard to false"
+            )
         if self.accelerator.ddp_handler is not None:
             self.accelerator.ddp_handler.find_unused_parameters = idle
 

@@ -190,7 +190,7 @@ class LearnSection(Section):
     )
     state: Literal["float32", "bfloat16", "8bit"] = Field(
         "float32",
-        description="How logits and Adam's moments are kept end to end: 12, 6 or 4 bytes a logit; the narrow ones are rounded stochastically",
+        description="How logits and Adam's moments are kept: 12, 6 or 4 bytes a logit; the narrow ones are rounded stochastically",
     )
     step_in_backward: bool = Field(
         False,
@@ -199,6 +199,10 @@ class LearnSection(Section):
     checkpoint_activations: bool = Field(
         False,
         description="Keep only what enters each block and compute the block again in the backward pass: a third more time, far less memory",
+    )
+    shard: bool = Field(
+        False,
+        description="Of several processes each keeps only its share of logits, gradients and optimizer state; the model stays whole in each",
     )
     save_minutes: float = Field(10.0, gt=0, description="Write a checkpoint this often")
 
@@ -212,11 +216,13 @@ class LearnSection(Section):
 
     @model_validator(mode="after")
     def _step_in_backward(self) -> LearnSection:
-        if self.step_in_backward and self.batch != self.micro_batch:
-            raise ValueError(
-                f"step_in_backward cannot sum gradients over micro-batches; set micro_batch to the batch, {self.batch} (with "
-                "checkpoint_activations more sequences fit), or step_in_backward to false"
-            )
+        stages = {"": self if self.scope != "block" else None, "block.": self.block if self.scope != "model" else None}
+        for where, stage in stages.items():
+            if self.step_in_backward and stage is not None and stage.batch != stage.micro_batch:
+                raise ValueError(
+                    f"step_in_backward cannot sum gradients over micro-batches; set {where}micro_batch to the batch, {stage.batch} (with "
+                    "checkpoint_activations more sequences fit), or step_in_backward to false"
+                )
         if self.step_in_backward and self.clip > 0 and self.clip_by == "network":
             raise ValueError(
                 "step_in_backward never has the whole gradient to clip by its norm; set clip_by to weight, or clip to 0"

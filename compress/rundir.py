@@ -37,7 +37,7 @@ class RunDir:
             _same_recipe(run.recipe.read_text(encoding="utf-8"), recipe_text, path)
         elif resume:
             raise UsageError(f"{path} holds no run to resume; start it without --resume")
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        elif path.exists() and (not path.is_dir() or any(p != _partial(run.recipe) for p in path.iterdir())):
             raise UsageError(f"{path} is not an empty folder; choose another --out")
         if run.summary.exists():
             raise UsageError(f"the run in {path} is complete; its result is in {run.summary}")
@@ -45,9 +45,10 @@ class RunDir:
 
     def create(self, recipe_text: str) -> None:
         """Make the folder and put the recipe into it; a run that continues finds both."""
-        self.state.mkdir(parents=True, exist_ok=True)
-        if not self.recipe.exists():
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not self.recipe.exists():  # first of all: a run that is killed before it has this can be started as if it had not been
             write_atomic(self.recipe, recipe_text)
+        self.state.mkdir(exist_ok=True)
 
     @property
     def recipe(self) -> Path:
@@ -110,12 +111,16 @@ class RunDir:
 
 def write_atomic(path: Path, text: str) -> None:
     """Write a text file under a temporary name, flush it and rename it: under its own name it is whole or not there."""
-    partial = path.with_name(path.name + ".partial")
+    partial = _partial(path)
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
 
 
 def _same_recipe(before: str, now: str, path: Path) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 
 from compress.recipe import LearnSection, ScheduleSection
 from maskllm.gumbel import Schedule
-from maskllm.learner import LearnSettings
+from maskllm.settings import LearnSettings
 
 
 def learn_settings(section: LearnSection, seed: int) -> LearnSettings:

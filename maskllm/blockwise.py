@@ -23,10 +23,12 @@ from torch.nn.utils import parametrize
 
 from compress_kernels.gumbel import stream_key
 from maskllm.errors import MaskError
-from maskllm.learner import LearnSettings
 from maskllm.objective import weight_regulariser
+from maskllm.optim import logit_dtype
 from maskllm.parametrization import MaskState, MaskTarget, attach, detach
 from maskllm.patterns import Pattern
+from maskllm.settings import LearnSettings
+from maskllm.update import LogitUpdates, check_settings
 
 Objective = Literal["mse", "token-normalised", "channel-normalised"]
 
@@ -136,6 +138,7 @@ class BlockLearner:
                 f"{len(self.inputs)} micro-batches of inputs, {len(self.outputs)} of outputs and {self.held_out} held out do not fit: "
                 "as many inputs as outputs are needed, at least one to learn from and one held out"
             )
+        check_settings(s, s.batch // s.micro_batch)
         self.device = getattr(self.targets[0].module, self.targets[0].parameter_name).device
         self._trained = len(self.inputs) - self.held_out
         self._order = lru_cache(maxsize=2)(self._draw_order)  # a step may reach into the next pass
@@ -145,41 +148,23 @@ class BlockLearner:
         self.state = MaskState(
             self.pattern, s.parametrization, seed=s.seed, noise=s.noise, hard=s.hard, penalised=s.regulariser > 0
         )
-        self.weights = attach(self.targets, self.state, self.logits)
-        self.optimizer = torch.optim.AdamW(
-            [m.logits for m in self.weights.values()],
-            lr=s.learning_rate,
-            betas=s.betas,
-            eps=s.eps,
-            weight_decay=s.weight_decay,
-            fused=True,
-        )
+        start = {name: logits.to(logit_dtype(s.state)) for name, logits in self.logits.items()}
+        self.weights = attach(self.targets, self.state, start)
+        self.updates = LogitUpdates(self.weights, self.state, s, s.batch // s.micro_batch, self.frozen)
 
     def close(self) -> None:
         """Take the masks off the block; its weights are untouched."""
         detach(self.targets)
+        self.updates.close()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Logits and Adam's moments, by `logits/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`: what `load` continues from."""
-        result = {}
-        for name, mask in self.weights.items():
-            moments = self.optimizer.state.get(mask.logits, {})
-            result[f"logits/{name}"] = mask.logits.detach()
-            for key in ("exp_avg", "exp_avg_sq"):
-                result[f"{key}/{name}"] = moments[key] if key in moments else torch.zeros_like(mask.logits)
-        return result
+        """Logits and moments as they are kept: what `load` continues from."""
+        return self.updates.tensors()
 
     def load(self, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Continue after `step` steps from what `tensors` returned then."""
+        """Continue after `step` steps from what `tensors` returned then. Raises MaskError when that was with another `state`."""
+        self.updates.load(step, tensors)
         self.step = step
-        for name, mask in self.weights.items():
-            with torch.no_grad():
-                mask.logits.copy_(tensors[f"logits/{name}"])
-            self.optimizer.state[mask.logits] = {
-                "step": torch.tensor(float(step)),
-                "exp_avg": tensors[f"exp_avg/{name}"].to(self.device),
-                "exp_avg_sq": tensors[f"exp_avg_sq/{name}"].to(self.device),
-            }
 
     def steps(self) -> Iterator[BlockStep]:
         """Train, one record a step, from the current step to the last. The caller may stop between records and keep `tensors`."""
@@ -215,26 +200,23 @@ class BlockLearner:
         progress, count = self.step / s.steps, s.batch // s.micro_batch
         self.state.step, self.state.tau, self.state.kappa = self.step, s.temperature.at(progress), s.scale.at(progress)
         rate = s.rate(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        self.updates.set_rate(rate)
         total = torch.zeros((), device=self.device)
         for index in range(count):
             self.state.micro_batch = index
             error = self._errors(*self._outputs(self._sample(self.step * count + index)), self.objective).mean()
             total += error.detach() / count
+            if s.step_in_backward or index == count - 1:
+                self._check_finite(float(total))  # before an update, so that the logits of the last good step can still be kept
             penalty = s.regulariser * (1 - progress) * weight_regulariser(self.weights.values()) if s.regulariser else 0.0
             ((error - penalty) / count).backward()
-        if not math.isfinite(float(total)):
-            raise MaskError(f"the loss is {float(total)} at step {self.step}: lower the learning rate, or lengthen the warm-up")
-        for name, kept in self.frozen.items():
-            gradient = self.weights[name].logits.grad
-            if gradient is not None:
-                gradient[kept.to(self.device)] = 0
-        norm = torch.nn.utils.clip_grad_norm_([m.logits for m in self.weights.values()], s.clip or math.inf)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        norm = self.updates.finish()
         self.step += 1
         return BlockStep(self.step, float(total), rate, float(norm), time.perf_counter() - began)
+
+    def _check_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise MaskError(f"the loss is {loss} at step {self.step}: lower the learning rate, or lengthen the warm-up")
 
     def _outputs(self, i: int) -> tuple[Tensor, Tensor]:
         """`y - t` and `t` of a micro-batch: float32 `[micro_batch, length, hidden]`."""

@@ -48,7 +48,10 @@ class Schedule:
 
 
 class _SoftMask(torch.autograd.Function):
-    """Logits -> (masked weight, its squared norm). Saves logits, weight and the draw's counter; nothing of the mask's size more."""
+    """Logits `[..., K/M, W]` and weight `[..., K]` -> (masked weight, its squared norm). Saves both and the draw's counter, and no mask.
+
+    Arrays are flattened in here, where autograd does not keep account of it: several hundred weights a step make that count.
+    """
 
     @staticmethod
     def forward(
@@ -65,7 +68,9 @@ class _SoftMask(torch.autograd.Function):
         ctx.save_for_backward(logits, weight, table)
         ctx.n, ctx.scores, ctx.draw, ctx.want_norm = n, scores, draw, want_norm
         ctx.set_materialize_grads(False)
-        return masked_weight(logits, weight, table, scores, draw, out_dtype, want_norm, n=n)
+        groups = weight.reshape(-1, table.shape[1])
+        out, norm = masked_weight(logits.reshape(-1, logits.shape[-1]), groups, table, scores, draw, out_dtype, want_norm, n=n)
+        return out.view(weight.shape), norm
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -73,8 +78,18 @@ class _SoftMask(torch.autograd.Function):
         grad, grad_norm = grads[0], grads[1] if ctx.want_norm else None
         if grad is None and grad_norm is None:
             return (None,) * 8
-        out = masked_weight_backward(grad, grad_norm, logits, weight, table, ctx.scores, ctx.draw, n=ctx.n)
-        return (out, *(None,) * 7)
+        m = table.shape[1]
+        out = masked_weight_backward(
+            grad.reshape(-1, m) if grad is not None else None,
+            grad_norm,
+            logits.reshape(-1, logits.shape[-1]),
+            weight.reshape(-1, m),
+            table,
+            ctx.scores,
+            ctx.draw,
+            n=ctx.n,
+        )
+        return (out.view(logits.shape), *(None,) * 7)
 
 
 def soft_masked_weight(
@@ -101,18 +116,9 @@ def soft_masked_weight(
         )
     if table is None:
         table = pattern.candidates().to(weight.device, torch.float32)
-    flat = weight.detach().reshape(-1, pattern.m)
-    out, norm = _SoftMask.apply(
-        logits.reshape(-1, width),
-        flat,
-        table,
-        pattern.n,
-        parametrization == "scores",
-        draw,
-        out_dtype or weight.dtype,
-        want_norm,
+    return _SoftMask.apply(
+        logits, weight.detach(), table, pattern.n, parametrization == "scores", draw, out_dtype or weight.dtype, want_norm
     )
-    return out.view(weight.shape), norm
 
 
 def logit_width(pattern: Pattern, parametrization: Parametrization) -> int:
@@ -131,7 +137,7 @@ def hard_mask(logits: Tensor, pattern: Pattern, parametrization: Parametrization
         part = part.to(torch.promote_types(part.dtype, torch.float32))  # two bfloat16 scores summed in bfloat16 would tie
         best = part.argmax(-1) if parametrization == "patterns" else torch.mm(table.to(part.dtype), part.t()).argmax(0)
         out[start : start + _HARD_CHUNK] = table[best]
-    return out.view(*logits.shape[:-2], -1)
+    return out.view(*logits.shape[:-2], logits.shape[-2] * pattern.m)
 
 
 @torch.no_grad()

@@ -10,13 +10,12 @@ nor masked weights between the forward and the backward pass of a block.
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -25,61 +24,15 @@ from torch.nn.utils import parametrize
 
 from maskllm.checkpoint import CheckpointStore
 from maskllm.errors import MaskError
-from maskllm.gumbel import Parametrization, Schedule
 from maskllm.head import find_head, head_loss, without_head
 from maskllm.objective import token_loss, weight_regulariser
-from maskllm.optim import MaskAdamW, StateFormat, accumulate, logit_dtype, squared_norm
+from maskllm.optim import logit_dtype
 from maskllm.parametrization import MaskState, MaskTarget, attach, detach
 from maskllm.patterns import Pattern
 from maskllm.recompute import checkpoint_blocks
+from maskllm.settings import LearnSettings
 from maskllm.storage import difference
-
-
-@dataclass(frozen=True)
-class LearnSettings:
-    """How to learn. Defaults are the paper's but for the number of steps and the batch; see `compress.recipe` for the tool's own.
-
-    steps, batch: optimizer steps, and sequences a step over all processes. micro_batch: sequences a forward pass and process.
-    learning_rate: peak, in logit units; `warmup` is the share of steps that ramps up to it, then cosine to `final_rate` of it.
-    regulariser: the paper's lambda, decayed linearly to 0. ce_weight, kl_weight: cross-entropy and distillation.
-    clip, clip_by: the gradient's norm is cut to `clip` over the whole network, or weight by weight, each to its share
-    `clip * sqrt(n_weight / n_network)` of n logits, which is the same where all gradients are equally large; 0 does not clip.
-    state: how logits and moments are kept (`maskllm.optim`). step_in_backward: see the module; a norm over the network is then not to be had,
-    nor a sum over micro-batches. checkpoint_activations: recompute every block in the backward pass.
-    """
-
-    steps: int = 2000
-    batch: int = 256
-    micro_batch: int = 1
-    parametrization: Parametrization = "patterns"
-    noise: bool = True
-    hard: bool = False
-    temperature: Schedule = Schedule(4.0, 0.05)
-    scale: Schedule = Schedule(100.0, 500.0)
-    learning_rate: float = 5e-4
-    warmup: float = 0.0
-    final_rate: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    clip_by: Literal["network", "weight"] = "network"
-    regulariser: float = 1e-5
-    ce_weight: float = 1.0
-    kl_weight: float = 0.0
-    bf16: bool = True
-    state: StateFormat = "float32"
-    step_in_backward: bool = False
-    checkpoint_activations: bool = False
-    seed: int = 0
-
-    def rate(self, step: int) -> float:
-        """Learning rate of a step."""
-        ramp = round(self.warmup * self.steps)
-        if step < ramp:
-            return self.learning_rate * (step + 1) / (ramp + 1)
-        progress = (step - ramp) / max(self.steps - ramp, 1)
-        return self.learning_rate * (self.final_rate + (1 - self.final_rate) * 0.5 * (1 + math.cos(math.pi * progress)))
+from maskllm.update import LogitUpdates, check_settings
 
 
 @dataclass(frozen=True)
@@ -104,7 +57,8 @@ class Learner:
     """Learns masks over `targets` of `model`, starting from `logits`; `prior` is the mask that flips are counted against.
 
     logits: emptied, so that they are not kept beside those that move; converted to the dtype that the settings keep them in.
-    blocks: the modules that `checkpoint_activations` recomputes, in any order. Raises MaskError for settings that do not go together.
+    blocks: the modules that `checkpoint_activations` recomputes, in any order. sharded: the processes share logits, gradients and moments out
+    (`maskllm.sharding`); all of them must then call every method, in the same order. Raises MaskError for settings that do not go together.
     """
 
     model: nn.Module
@@ -116,6 +70,7 @@ class Learner:
     accelerator: Accelerator
     store: CheckpointStore | None = None
     blocks: Sequence[nn.Module] = ()
+    sharded: bool = False
     step: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -126,50 +81,41 @@ class Learner:
                 f"batch {s.batch} is not a multiple of micro_batch {s.micro_batch} times {self.accelerator.num_processes} processes; change one"
             )
         self._micro_batches = s.batch // share
+        self._sharded = self.sharded and self.accelerator.num_processes > 1
+        check_settings(s, self._micro_batches)
         self._check_memory_settings()
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         self.state = MaskState(
-            self.pattern, s.parametrization, seed=s.seed, noise=s.noise, hard=s.hard, penalised=s.regulariser > 0
+            self.pattern,
+            s.parametrization,
+            seed=s.seed,
+            noise=s.noise,
+            hard=s.hard,
+            penalised=s.regulariser > 0,
+            processes=self.accelerator.num_processes,
+            rank=self.accelerator.process_index,
+            sharded=self._sharded,
         )
         start = {name: self.logits.pop(name).to(logit_dtype(s.state)) for name in list(self.logits)}
         self.weights = attach(self.targets, self.state, start)
         self._head = find_head(self.model)
-        logits = [m.logits for m in self.weights.values()]
-        self.optimizer = MaskAdamW(
-            logits, lr=s.learning_rate, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay, state=s.state, seed=s.seed
-        )
+        self.updates = LogitUpdates(self.weights, self.state, s, self._micro_batches)
         # Precision is this class's own business (autocast below): accelerate's would turn the logits back into float32 copies.
-        self._prepared, self._stepper = self.accelerator.prepare(self.model, self.optimizer)
+        # Shards average their gradients themselves, with nothing around the model.
+        self._prepared = self.model.to(self.accelerator.device) if self._sharded else self.accelerator.prepare(self.model)
         # Fused experts read their weight once an expert; the mask is made once a pass, or by `checkpoint_blocks` once a block.
         fused = any(getattr(t.module, t.parameter_name).dim() > 2 for t in self.targets)
         self._cached = fused and not s.checkpoint_activations
         self._release = checkpoint_blocks(self.blocks if s.checkpoint_activations else ())
-        self._sums: dict[int, Tensor] = {}  # gradients over the micro-batches so far, by the number of the weight
-        self._squared_norms: dict[int, Tensor] = {}  # of the gradients of this step
-        self._sums_here = s.state != "float32" and self._micro_batches > 1
-        self._hooks = []
-        if s.step_in_backward or self._sums_here:
-            for number, parameter in enumerate(logits):
-                hook = functools.partial(self._on_gradient, number)
-                self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))
 
     def _check_memory_settings(self) -> None:
         s = self.settings
-        if s.step_in_backward and self._micro_batches > 1:
-            raise MaskError(
-                f"step_in_backward moves the logits in every backward pass, but a step of {s.batch} sequences takes {self._micro_batches} "
-                f"of them; set micro_batch to {s.batch}, or step_in_backward to false (a state other than float32 then sums the "
-                "gradient in bfloat16, 2 bytes a logit)"
-            )
-        if s.step_in_backward and s.clip and s.clip_by == "network":
-            raise MaskError(
-                "step_in_backward never has the gradient of the whole network, so it cannot clip by its norm; set clip_by to weight, or clip to 0"
-            )
-        if self.accelerator.num_processes > 1 and (s.step_in_backward or (s.state != "float32" and self._micro_batches > 1)):
+        early = s.step_in_backward or (s.state != "float32" and self._micro_batches > 1)
+        if self.accelerator.num_processes > 1 and early and not self._sharded:
             raise MaskError(
                 "step_in_backward, and a sum over micro-batches in a state other than float32, act before gradients are averaged over processes; "
-                "use one process, or set step_in_backward to false and state to float32"
+                "use one process, share the logits out (shard), or set step_in_backward to false and state to float32"
             )
         if s.checkpoint_activations and not self.blocks:
             raise MaskError("checkpoint_activations needs the blocks of the network: give `blocks`")
@@ -178,8 +124,7 @@ class Learner:
         """Take the masks off the model; its weights are untouched."""
         detach(self.targets)
         self._release()
-        for hook in self._hooks:  # logits and this object hold each other through them, where no garbage collector looks
-            hook.remove()
+        self.updates.close()
 
     @torch.no_grad()
     def masks(self) -> dict[str, Tensor]:
@@ -207,31 +152,17 @@ class Learner:
         loaded = self.store.load() if self.store else None
         if loaded is None:
             return False
-        for name, mask in self.weights.items():
-            logits = loaded.tensors.get(f"logits/{name}")
-            if logits is None or logits.dtype != mask.logits.dtype or logits.shape != mask.logits.shape:
-                raise MaskError(
-                    f"the checkpoint of step {loaded.step} holds no {mask.logits.dtype} logits {tuple(mask.logits.shape)} for {name}: "
-                    "it was saved with another `state` or parametrization"
-                )
-            keys = self.optimizer.moments(mask.logits)
-            moments = {key: loaded.tensors[f"{key}/{name}"] for key in keys if f"{key}/{name}" in loaded.tensors}
-            self.optimizer.load_moments(mask.logits, loaded.step, moments)
-            with torch.no_grad():
-                mask.logits.copy_(logits)
+        self.updates.load(loaded.step, loaded.tensors)
         self.step = loaded.step
         return True
 
     def save(self) -> None:
         """Write a checkpoint of the current step."""
-        if self.store is None or not self.accelerator.is_main_process:
+        if self.store is None or not (self.accelerator.is_main_process or self._sharded):
             return
-        tensors = {}
-        for name, mask in self.weights.items():
-            tensors[f"logits/{name}"] = mask.logits.detach()
-            for key, value in self.optimizer.moments(mask.logits).items():
-                tensors[f"{key}/{name}"] = value
-        self.store.save(self.step, tensors)
+        tensors = self.updates.tensors()
+        if self.accelerator.is_main_process:
+            self.store.save(self.step, tensors)
 
     def steps(self, batches: Callable[[int, int], Tensor]) -> Iterator[StepRecord]:
         """Train, one record a step, from the current step to the last.
@@ -247,8 +178,7 @@ class Learner:
         progress = self.step / s.steps
         self.state.step, self.state.tau, self.state.kappa = self.step, s.temperature.at(progress), s.scale.at(progress)
         rate = s.rate(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        self.updates.set_rate(rate)
         decayed = s.regulariser * (1 - progress)
         batch = batches(self.step, s.batch)
         mine = batch[self.accelerator.process_index :: self.accelerator.num_processes]
@@ -257,7 +187,7 @@ class Learner:
             self.state.micro_batch = index * self.accelerator.num_processes + self.accelerator.process_index
             last = index == self._micro_batches - 1
             # Gradients are averaged over the processes once a step, in the last backward pass.
-            with nullcontext() if last else self.accelerator.no_sync(self._prepared):
+            with nullcontext() if last or self._sharded else self.accelerator.no_sync(self._prepared):
                 total, parts = self.losses(ids.to(self.accelerator.device), decayed)
                 sums += parts
                 if s.step_in_backward:
@@ -266,7 +196,7 @@ class Learner:
         sums = self.accelerator.reduce(sums, "mean") / self._micro_batches
         loss, ce, kl, penalty = sums.tolist()
         self._check_finite(loss)
-        norm = self.update()
+        norm = self.updates.finish()
         self.step += 1
         return StepRecord(
             self.step,
@@ -317,49 +247,7 @@ class Learner:
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of a micro-batch's share of the step; under `step_in_backward` also the update."""
-        self.accelerator.backward(loss / self._micro_batches)
-
-    def _on_gradient(self, number: int, logits: Tensor) -> None:
-        """Called by autograd when the gradient of one weight's logits is complete."""
-        assert isinstance(logits, nn.Parameter)
-        assert logits.grad is not None
-        if self.settings.step_in_backward:
-            self._squared_norms[number] = self._move(logits)
-        elif number in self._sums:
-            accumulate(self._sums[number], logits.grad, self.settings.seed, self.step, self.state.micro_batch, number)
-        else:
-            self._sums[number] = logits.grad.contiguous()
-        logits.grad = None
-
-    def _move(self, logits: nn.Parameter) -> Tensor:
-        """Step one weight's logits, clipped by their own norm. Returns its square."""
-        s = self.settings
-        assert logits.grad is not None
-        squared = squared_norm(logits.grad)
-        gain = None
-        if s.clip:
-            share = logits.numel() / sum(m.logits.numel() for m in self.weights.values())
-            gain = (s.clip * math.sqrt(share) / (squared.sqrt() + 1e-6)).clamp(max=1.0)
-        self.optimizer.step_one(logits, gain)
-        return squared
-
-    def update(self) -> Tensor:
-        """The optimizer's step, unless the backward pass took it. Returns the norm of the whole gradient before clipping."""
-        s = self.settings
-        parameters = [m.logits for m in self.weights.values()]
-        for number, total in self._sums.items():
-            parameters[number].grad = total
-        self._sums.clear()
-        if s.clip_by == "network" and not s.step_in_backward:
-            norm = torch.nn.utils.clip_grad_norm_(parameters, s.clip or math.inf)
-            self._stepper.step()
-        else:
-            if not s.step_in_backward:
-                self._squared_norms = {n: self._move(p) for n, p in enumerate(parameters) if p.grad is not None}
-            norm = torch.stack([self._squared_norms[number] for number in sorted(self._squared_norms)]).sum().sqrt()
-            self._squared_norms.clear()
-        self._stepper.zero_grad(set_to_none=True)
-        return norm
+        (loss / self._micro_batches).backward()
 
     def _forward(self, ids: Tensor) -> Tensor:
         out: Any = self._prepared(input_ids=ids, use_cache=False)

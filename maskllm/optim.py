@@ -28,7 +28,7 @@ states; their codes are another, nearest-rounded table.)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -120,6 +120,8 @@ def accumulate(total: Tensor, grad: Tensor, *counter: int) -> None:
 def squared_norm(tensor: Tensor) -> Tensor:
     """Sum of squares, float32, in an order of its own: the same bits on any number of threads."""
     flat = tensor.reshape(-1)
+    if not len(flat):
+        return torch.zeros((), device=tensor.device)
     sums = torch.stack([_tree_sum(flat[a:b].float().square()) for a, b in _chunks(flat)])
     return _tree_sum(sums)
 
@@ -134,7 +136,8 @@ class MaskAdamW(torch.optim.Optimizer):
     """AdamW over logits, whose dtype must be `logit_dtype(state)`; `step_one` moves one of them alone, as from a backward hook.
 
     betas, eps, weight_decay: AdamW's, `lr` a group's. seed: of the stochastic rounding, which also depends on the number of the parameter and
-    on its steps so far. Raises MaskError for logits of another dtype.
+    on its steps so far. firsts: for each parameter that is a part of a longer one the number of its first logit there, a multiple of 256;
+    it is then rounded as that part of the whole would be. Raises MaskError for logits of another dtype.
     """
 
     def __init__(
@@ -147,9 +150,10 @@ class MaskAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.1,
         state: StateFormat = "float32",
         seed: int = 0,
+        firsts: Sequence[int] | None = None,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.format, self.seed = state, seed
+        self.format, self.seed, self.firsts = state, seed, firsts
         for group in self.param_groups:
             for p in group["params"]:
                 if p.dtype != logit_dtype(state):
@@ -220,8 +224,9 @@ class MaskAdamW(torch.optim.Optimizer):
             return
         key = stream_key(_STEP, self.seed, steps, number)
         logits, grads = p.view(-1), p.grad.reshape(-1)
+        first = self.firsts[number] if self.firsts else 0
         for a, b in _chunks(logits):
-            random = random_bits(key, a, b - a, p.device)
+            random = random_bits(key, first + a, b - a, p.device)
             g = grads[a:b].float()
             if gain is not None:
                 g *= gain

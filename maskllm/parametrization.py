@@ -23,6 +23,7 @@ from compress_kernels.gumbel import Draw, stream_key
 from maskllm.errors import MaskError
 from maskllm.gumbel import Parametrization, hard_mask, logit_width, soft_masked_weight
 from maskllm.patterns import Pattern
+from maskllm.sharding import Shard, ShardedSoftMask
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +41,8 @@ class MaskState:
     """What all masks of one network share.
 
     noise adds Gumbel noise; hard is straight-through; penalised also sums w'^2. mode: `soft` draws masks to learn from, `final`
-    multiplies by the mask the logits stand for now, `dense` computes with the original weights.
+    multiplies by the mask the logits stand for now, `dense` computes with the original weights. processes, rank: how many learn together,
+    each on micro-batches of its own, and which this one is; sharded: they share the logits out (`maskllm.sharding`).
     """
 
     pattern: Pattern
@@ -53,7 +55,10 @@ class MaskState:
     tau: float = 4.0
     kappa: float = 100.0
     step: int = 0
-    micro_batch: int = 0
+    micro_batch: int = 0  # of this process: the number `rank` of those that the processes take at once
+    processes: int = 1
+    rank: int = 0
+    sharded: bool = False
 
     @contextmanager
     def using(self, mode: Literal["soft", "final", "dense"]) -> Iterator[None]:
@@ -66,13 +71,23 @@ class MaskState:
 
 
 class WeightMask(nn.Module):
-    """The learnable mask of one weight: float32 logits `[..., K/M, C]` or `[..., K/M, M]` over the weight with its contracted dimension last."""
+    """The learnable mask of one weight: logits `[..., K/M, C]` or `[..., K/M, M]` over the weight with its contracted dimension last.
+
+    Where the state is sharded, `logits` are this process's rows of them, `[rows, K/M, C or M]` with leading dimensions flattened, and every
+    method must be called by all processes.
+    """
 
     table: Tensor
 
     def __init__(self, state: MaskState, logits: Tensor, layer: int, contracted_dim: int) -> None:
         super().__init__()
         self.state, self.layer, self.contracted_dim = state, layer, contracted_dim
+        self.shape = (*logits.shape[:-2], logits.shape[-2] * state.pattern.m)  # of the weight, contracted dimension last
+        self.shard: Shard | None = None
+        if state.sharded:
+            rows = logits.reshape(-1, *logits.shape[-2:])
+            self.shard = Shard.of(len(rows), rows.shape[1] * rows.shape[2])
+            logits = rows[self.shard.own].clone()
         self.logits = nn.Parameter(logits)
         self.register_buffer("table", state.pattern.candidates().to(logits), persistent=False)
         self.squared_norm: Tensor | None = None  # of the last forward pass, when the state is `penalised`
@@ -83,27 +98,51 @@ class WeightMask(nn.Module):
             return weight
         if state.mode == "final":
             return weight * self.hard()
-        key = stream_key(state.seed, state.step, state.micro_batch, self.layer) if state.noise else None
-        draw = Draw(tau=state.tau, kappa=state.kappa, noise_key=key, hard=state.hard)
         device = weight.device.type
         # Under autocast the product wants this dtype anyway; made here, it costs no extra pass over the weight.
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        out, norm = soft_masked_weight(
+        out, norm = self._soft(_moved(weight, self.contracted_dim, -1), dtype)
+        self.squared_norm = norm if state.penalised else None
+        return _moved(out, -1, self.contracted_dim)
+
+    def _soft(self, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        state = self.state
+        if self.shard is not None:
+            draws = [self._draw(state.micro_batch - state.rank + other) for other in range(state.processes)]
+            rows = weight.detach().reshape(-1, weight.shape[-1])
+            scores = state.parametrization == "scores"
+            out, norm = ShardedSoftMask.apply(
+                self.logits, rows, self.table, state.pattern.n, scores, draws, self.shard, dtype, state.penalised
+            )
+            return out.view(weight.shape), norm
+        return soft_masked_weight(
             self.logits,
-            weight.movedim(self.contracted_dim, -1),
+            weight,
             state.pattern,
             state.parametrization,
-            draw,
+            self._draw(state.micro_batch),
             table=self.table,
             out_dtype=dtype,
             want_norm=state.penalised,
         )
-        self.squared_norm = norm if state.penalised else None
-        return out.movedim(-1, self.contracted_dim)
 
+    def _draw(self, micro_batch: int) -> Draw:
+        state = self.state
+        key = stream_key(state.seed, state.step, micro_batch, self.layer) if state.noise else None
+        return Draw(tau=state.tau, kappa=state.kappa, noise_key=key, hard=state.hard)
+
+    @torch.no_grad()
     def hard(self) -> Tensor:
         """The mask that the logits stand for now: bool, of the weight's own shape."""
-        return hard_mask(self.logits, self.state.pattern, self.state.parametrization).movedim(-1, self.contracted_dim)
+        mask = hard_mask(self.logits, self.state.pattern, self.state.parametrization)
+        if self.shard is not None:
+            mask = self.shard.gather(mask).view(self.shape)
+        return mask.movedim(-1, self.contracted_dim)
+
+
+def _moved(tensor: Tensor, source: int, to: int) -> Tensor:
+    """`movedim` that costs nothing where nothing moves: as an operation of autograd it would, twice a weight and pass."""
+    return tensor if source == to else tensor.movedim(source, to)
 
 
 def attach(targets: Iterable[MaskTarget], state: MaskState, logits: dict[str, Tensor]) -> dict[str, WeightMask]:

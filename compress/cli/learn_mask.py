@@ -35,10 +35,11 @@ def learn_mask(
     - `accelerate launch --multi_gpu -m compress learn-mask llama-2-7b learn.batch=8 learn.micro_batch=1`
     - `compress learn-mask smollm2-domains prior.mask=runs/smollm2-135m`
     """
-    from compress.recipe_file import load_recipe, recipe_path
+    from compress.recipe import LearnMaskRecipe
+    from compress.recipe_file import load_recipe_of, recipe_path
 
     path = recipe_path(recipe)
-    loaded = load_recipe(path, overrides)
+    loaded = load_recipe_of(LearnMaskRecipe, path, overrides)
     folder = out or Path("runs") / path.stem
     if dry_run:
         from compress.plan import plan

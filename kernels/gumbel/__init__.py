@@ -79,6 +79,7 @@ def masked_weight(
     want_norm: bool,
     *,
     n: int | None = None,
+    first_group: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """`reference.masked_weight`, by the fastest implementation.
 
@@ -89,10 +90,10 @@ def masked_weight(
         if weight.is_cuda:
             triton = _triton()
             if isinstance(triton, ModuleType) and triton.supported(logits, weight, table, out_dtype):
-                return triton.masked_weight(logits, weight, table, scores, draw, out_dtype, want_norm)
+                return triton.masked_weight(logits, weight, table, scores, draw, out_dtype, want_norm, first_group=first_group)
         elif n := _on_cpu(n, table, weight, logits.dtype, weight.dtype, out_dtype):
-            return cpu.masked_weight(logits, weight, n, scores, draw, out_dtype, want_norm)
-    return reference.masked_weight(logits, weight, table, scores, draw, out_dtype, want_norm)
+            return cpu.masked_weight(logits, weight, n, scores, draw, out_dtype, want_norm, first_group=first_group)
+    return reference.masked_weight(logits, weight, table, scores, draw, out_dtype, want_norm, first_group=first_group)
 
 
 def masked_weight_backward(
@@ -106,6 +107,7 @@ def masked_weight_backward(
     *,
     n: int | None = None,
     accumulate: Tensor | None = None,
+    first_group: int = 0,
 ) -> Tensor:
     """`reference.masked_weight_backward`, by the fastest implementation. n: see `masked_weight`.
 
@@ -116,13 +118,17 @@ def masked_weight_backward(
         if weight.is_cuda:
             triton = _triton()
             if isinstance(triton, ModuleType) and triton.supported(logits, weight, table):
-                found = triton.masked_weight_backward(grad, grad_norm, logits, weight, table, scores, draw)
+                found = triton.masked_weight_backward(
+                    grad, grad_norm, logits, weight, table, scores, draw, first_group=first_group
+                )
                 return found if accumulate is None else accumulate.add_(found)
         else:
             dtypes = [x.dtype for x in (logits, weight, grad, accumulate) if x is not None]
             if n := _on_cpu(n, table, weight, *dtypes):
-                return cpu.masked_weight_backward(grad, grad_norm, logits, weight, n, scores, draw, accumulate=accumulate)
-    found = reference.masked_weight_backward(grad, grad_norm, logits, weight, table, scores, draw)
+                return cpu.masked_weight_backward(
+                    grad, grad_norm, logits, weight, n, scores, draw, accumulate=accumulate, first_group=first_group
+                )
+    found = reference.masked_weight_backward(grad, grad_norm, logits, weight, table, scores, draw, first_group=first_group)
     return found if accumulate is None else accumulate.add_(found)
 
 

@@ -46,6 +46,7 @@ class _Call(ctypes.Structure):
     )
 
 
+@functools.cache
 def unsupported(n: int, m: int, *dtypes: torch.dtype) -> str:
     """Why this machine's kernel does not take an N:M with tensors of these dtypes; empty when it does."""
     found = native("gumbel")
@@ -75,9 +76,8 @@ def masked_weight(
     """
     out = torch.empty(weight.shape, dtype=out_dtype)
     norm = torch.zeros((), dtype=torch.float64)
-    torch.ops.compress_kernels.soft_mask(
-        out, norm, logits, weight, n, scores, draw.tau, draw.kappa, _signed(draw.noise_key), draw.hard, want_norm, first_group
-    )
+    run = torch.ops.compress_kernels.soft_mask if _traced(out) else _run_forward
+    run(out, norm, logits, weight, n, scores, draw.tau, draw.kappa, _signed(draw.noise_key), draw.hard, want_norm, first_group)
     return out, norm.float()
 
 
@@ -97,10 +97,14 @@ def masked_weight_backward(
     result is added to it, rounded once, and it is returned."""
     out = torch.empty(logits.shape, dtype=logits.dtype) if accumulate is None else accumulate
     key, added = _signed(draw.noise_key), accumulate is not None
-    torch.ops.compress_kernels.soft_mask_backward(
-        out, grad, grad_norm, logits, weight, n, scores, draw.tau, draw.kappa, key, draw.hard, added, first_group
-    )
+    run = torch.ops.compress_kernels.soft_mask_backward if _traced(out) else _run_backward
+    run(out, grad, grad_norm, logits, weight, n, scores, draw.tau, draw.kappa, key, draw.hard, added, first_group)
     return out
+
+
+def _traced(out: Tensor) -> bool:
+    """Whether somebody watches operations, and must see the operator. It costs as long as the kernel needs for 20,000 weights."""
+    return type(out) is not Tensor or torch.compiler.is_compiling()
 
 
 def gumbel_noise(key: int, first: int, count: int) -> Tensor:
@@ -126,7 +130,7 @@ def _signed(key: int | None) -> int | None:
 
 def _call(logits: Tensor, weight: Tensor, out: Tensor, n: int, scores: bool, key: int | None, **values: float) -> _Call:
     groups, m = weight.shape
-    if logits.shape[0] != groups or not out.is_contiguous() or any(t.device.type != "cpu" for t in (logits, weight, out)):
+    if logits.shape[0] != groups or not out.is_contiguous() or logits.is_cuda or weight.is_cuda or out.is_cuda:
         raise ValueError(
             f"logits {tuple(logits.shape)}, weight {tuple(weight.shape)} and a contiguous result on the CPU are needed"
         )

@@ -129,18 +129,27 @@ def _mask(y: Tensor, table: Tensor, hard: bool) -> Tensor:
 
 
 def masked_weight(
-    logits: Tensor, weight: Tensor, table: Tensor, scores: bool, draw: Draw, out_dtype: torch.dtype, want_norm: bool
+    logits: Tensor,
+    weight: Tensor,
+    table: Tensor,
+    scores: bool,
+    draw: Draw,
+    out_dtype: torch.dtype,
+    want_norm: bool,
+    *,
+    first_group: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The masked weight and its squared norm.
 
     logits: `[G, C]` for patterns, `[G, M]` for scores, float32 or float64. weight: `[G, M]`, any floating dtype. table: `[C, M]` of 0 and 1.
+    first_group: the number of the first group in the noise stream, for a weight that is part of a larger one.
     Returns w' `[G, M]` in `out_dtype` and `sum(w'^2)` as a scalar (0 unless `want_norm`: it costs a pass).
     """
     table = table.to(torch.promote_types(logits.dtype, torch.float32))
     out = torch.empty(weight.shape, dtype=out_dtype, device=weight.device)
     norm = torch.zeros((), dtype=table.dtype, device=weight.device)
     for a, b in _chunks(weight.shape[0], table.shape[0]):
-        mask = _mask(_probabilities(logits[a:b], table, scores, draw, a), table, draw.hard)
+        mask = _mask(_probabilities(logits[a:b], table, scores, draw, first_group + a), table, draw.hard)
         mask *= weight[a:b]
         if want_norm:
             norm += torch.linalg.vector_norm(mask).square()
@@ -149,14 +158,22 @@ def masked_weight(
 
 
 def masked_weight_backward(
-    grad: Tensor | None, grad_norm: Tensor | None, logits: Tensor, weight: Tensor, table: Tensor, scores: bool, draw: Draw
+    grad: Tensor | None,
+    grad_norm: Tensor | None,
+    logits: Tensor,
+    weight: Tensor,
+    table: Tensor,
+    scores: bool,
+    draw: Draw,
+    *,
+    first_group: int = 0,
 ) -> Tensor:
     """dL/dlogits, of the logits' shape and dtype, from dL/dw' `[G, M]` and dL/d(sum w'^2), either of which may be None."""
     table = table.to(torch.promote_types(logits.dtype, torch.float32))
     out = torch.empty_like(logits)
     gain = draw.kappa / draw.tau
     for a, b in _chunks(weight.shape[0], table.shape[0]):
-        y = _probabilities(logits[a:b], table, scores, draw, a)
+        y = _probabilities(logits[a:b], table, scores, draw, first_group + a)
         w = weight[a:b].to(table.dtype)
         upstream = torch.zeros_like(w) if grad is None else grad[a:b].to(table.dtype)
         if grad_norm is not None:

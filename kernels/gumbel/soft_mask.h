@@ -119,6 +119,12 @@ INLINE void forward_groups(const Call& c, const Stream& s, int64_t row, uint32_t
   }
 }
 
+// Whether a gradient goes past the cache: one that is not small, as nobody reads it before the whole backward pass is over.
+template <int WIDTH>
+INLINE bool past_cache(const Call& c) {
+  return LANES == 4 && WIDTH == 4 && c.out_type == FLOAT32 && !c.accumulate && c.groups >= 1 << 14 && uintptr_t(c.out) % 64 == 0;
+}
+
 template <class P, bool SCORES>
 INLINE void backward_groups(const Call& c, const Stream& s, int64_t row, uint32_t number) {
   constexpr auto all = Range<P::count>();
@@ -168,7 +174,9 @@ INLINE void backward_groups(const Call& c, const Stream& s, int64_t row, uint32_
 #pragma GCC unroll 8
     for (int i = 0; i < width; i++) result[i] += before[i];
   }
-  store_planes<width>(c.out, c.out_type, row, result, Range<blocks(width)>());
+  constexpr auto whole = Range<blocks(width)>();
+  if (past_cache<width>(c)) store_planes<width, true>(c.out, c.out_type, row, result, whole);
+  else store_planes<width, false>(c.out, c.out_type, row, result, whole);
 }
 
 // Groups `begin .. end-1` of a call. The last ones, too few to fill a vector, are computed in padded copies. Returns sum(w'^2).
@@ -182,6 +190,9 @@ double run(const Call& c, int64_t begin, int64_t end) {
     if constexpr (BACKWARD) backward_groups<P, SCORES>(c, s, row, number);
     else forward_groups<P, SCORES>(c, s, row, number, squares);
   }
+#if LANES == 4
+  if (BACKWARD) _mm_sfence();  // what went past the cache is there before another thread is told of it
+#endif
   double sum = 0;
   for (int i = 0; i < W; i++) sum += squares[i];
   if (row < end) {

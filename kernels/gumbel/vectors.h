@@ -186,12 +186,17 @@ INLINE void load_rows(const void* base, int type, int64_t at, V x[4]) {
   }
 }
 
-template <int WIDTH>
+// PAST_CACHE: float32 rows of four go to memory without being read into the cache first; the address must be a multiple of 64.
+template <int WIDTH, bool PAST_CACHE = false>
 INLINE void store_rows(void* base, int type, int64_t at, const V x[4]) {
   for (int i = 0; i < 4; i++) {
     int64_t start = at + i * LANES * WIDTH;
     if (type == FLOAT32) {
       float* p = static_cast<float*>(base) + start;
+#if LANES == 4
+      if (PAST_CACHE && WIDTH == 4) _mm512_stream_ps(p, (__m512)x[i]);
+      else
+#endif
       if (WIDTH == 4) memcpy(p, &x[i], sizeof x[i]);
       else for (int l = 0; l < LANES; l++) memcpy(p + l * WIDTH, reinterpret_cast<const char*>(&x[i]) + 16 * l, 16);
     } else {
@@ -219,14 +224,14 @@ INLINE void load_planes(const void* base, int type, int64_t row, V* x, Indices<B
   (load_block<WIDTH, column(B, WIDTH)>(base, type, row, x), ...);
 }
 
-template <int WIDTH, int COLUMN>
+template <int WIDTH, bool PAST_CACHE, int COLUMN>
 INLINE void store_block(void* base, int type, int64_t row, const V* x) {
   V y[4] = {x[COLUMN], x[COLUMN + 1], x[COLUMN + 2], x[COLUMN + 3]};
   transpose(y);
-  store_rows<WIDTH>(base, type, row * WIDTH + COLUMN, y);
+  store_rows<WIDTH, PAST_CACHE>(base, type, row * WIDTH + COLUMN, y);
 }
 
-template <int WIDTH, int... B>
+template <int WIDTH, bool PAST_CACHE, int... B>
 INLINE void store_planes(void* base, int type, int64_t row, const V* x, Indices<B...>) {
-  (store_block<WIDTH, column(B, WIDTH)>(base, type, row, x), ...);
+  (store_block<WIDTH, PAST_CACHE, column(B, WIDTH)>(base, type, row, x), ...);
 }

@@ -219,8 +219,9 @@ def measure_memory(kind: str, source: str) -> dict[str, int]:
     """In a child: peak of a dense pass, or of two steps of a learner. kind: dense, dense-checkpointed, standard or lean."""
     from accelerate import Accelerator
 
-    from maskllm.learner import Learner, LearnSettings
+    from maskllm.learner import Learner
     from maskllm.recompute import checkpoint_blocks
+    from maskllm.settings import LearnSettings
 
     model: Any = load_model(source, dtype="float32", tokenizer=False).model
     targets = targets_of(model)

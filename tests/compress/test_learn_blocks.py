@@ -187,6 +187,11 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("llama", {"prefix": "pruned"}, {"save_minutes": 1e-9}),
     ("llama", {"prefix": "dense", "cache": "disk"}, {"save_minutes": 1e-9, "noise": True, "parametrization": "patterns"}),
     ("mixtral", {"prefix": "pruned", "cache": "disk", "objective": "mse"}, {"save_minutes": 1e9}),
+    (
+        "llama",
+        {"batch": 4},
+        {"save_minutes": 1e-9, "state": "8bit", "step_in_backward": True, "clip_by": "weight"},
+    ),
 ]
 
 
@@ -328,6 +333,15 @@ def test_a_full_disk_is_an_error_and_not_a_signal(tmp_path: Path, monkeypatch: p
 def test_recipes_that_do_not_fit(block: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         session(**block)
+
+
+def test_a_step_in_the_backward_pass_takes_a_whole_batch_of_the_stages_there_are() -> None:
+    lean = {"step_in_backward": True, "clip_by": "weight", "batch": 8, "micro_batch": 2}
+    with pytest.raises(UsageError, match=r"set block\.micro_batch to the batch, 8"):
+        session(learn=lean)
+    session(learn=lean, batch=4)  # no step end to end is taken
+    with pytest.raises(UsageError, match="set micro_batch to the batch, 8"):
+        session(learn={**lean, "scope": "block-then-model"}, batch=4)
 
 
 # By the command line

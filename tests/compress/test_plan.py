@@ -22,10 +22,11 @@ from compress.recipe import LearnMaskRecipe
 from compress.structure import decoder_blocks
 from compress.weights import ParameterRef, by_parameter, find_weights
 from maskllm.gumbel import logit_width
-from maskllm.learner import Learner, LearnSettings
+from maskllm.learner import Learner
 from maskllm.optim import logit_dtype, state_bytes
 from maskllm.parametrization import MaskTarget
 from maskllm.patterns import Pattern
+from maskllm.settings import LearnSettings
 
 CPU = torch.device("cpu")
 PATTERN = Pattern(2, 4)
@@ -164,6 +165,16 @@ def test_block_by_block(tmp_path: Path) -> None:
     only = plan(recipe(tmp_path / "n", scope="block"))
     assert only.steps == only.tokens == 0
     assert "learning" not in [stage.name for stage in only.stages]
+
+
+@pytest.mark.parametrize("state", ["float32", "bfloat16", "8bit"])
+def test_the_state_of_a_block_is_what_its_optimizer_keeps(tmp_path: Path, state: str) -> None:
+    block = {"sequences": 8, "held_out": 4, "micro_batch": 4, "batch": 4}
+    lean = {"step_in_backward": True, "clip_by": "weight"} if state == "8bit" else {}
+    found = stages(recipe(tmp_path / "m", scope="block", block=block, state=state, **lean))["learning block by block"]
+    weights = [p.numel() for p in llama().model.layers[0].parameters() if p.dim() == 2]
+    assert found.parts["logits"] + found.parts["moments"] == sum(state_bytes(state, n) for n in weights)  # type: ignore[arg-type]
+    assert found.parts.get("gradients of logits", 0) <= max(weights) * 4 if lean else sum(weights) * 4
 
 
 def test_one_shot_stages_follow_the_recipe(tmp_path: Path) -> None:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import pytest
+import torch
+
+from compress.errors import UsageError
 from compress.processes import Processes
 from compress.recipe_file import check_recipe
 
@@ -54,6 +60,28 @@ def test_with_one_micro_batch_a_process_the_bits_are_the_same(tmp_path):
     assert json.loads(one.stdout)["mask_sha256"] == json.loads(two.stdout)["mask_sha256"]
 
 
+def test_shared_logits_give_the_same_masks(tmp_path):
+    """With what amid learning reads them: measurements and checkpoints. One process goes on from the checkpoint of two."""
+    # Not clipped: the gradient's norm is added up in another order, and after one step of Adam, of equal size for all, many scores tie.
+    more = ["learn.clip=0", "learn.batch=2", "learn.shard=true", "learn.save_minutes=1.0e-9", "evaluate.every=1"]
+    texts = ["evaluate.texts={t: {source: {path: 'asset:wikitext2-test'}, seqlen: 32, limit: 4}}"]
+    one, two = run(ONE, tmp_path, "one", *more, *texts), run(TWO, tmp_path, "two", *more, *texts)
+    assert two.returncode == 0, two.stderr
+    assert json.loads(one.stdout) | {"run": ""} == json.loads(two.stdout) | {"run": ""}
+    measured = [
+        [line for line in map(json.loads, (tmp_path / n / "metrics.jsonl").open()) if line["kind"] == "measure"]
+        for n in ("one", "two")
+    ]
+    assert measured[0] == measured[1]
+    assert len(measured[0]) == 4
+    for name in ("mask.safetensors", "summary.json"):
+        (tmp_path / "two" / name).unlink()
+    shutil.rmtree(tmp_path / "two" / "state" / "step-00000003")
+    again = run(ONE, tmp_path, "two", *more, *texts, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["mask_sha256"] == json.loads(one.stdout)["mask_sha256"]
+
+
 def test_what_needs_one_process_says_so(tmp_path):
     result = run(TWO, tmp_path, "block", "learn.scope=block")
     assert result.returncode != 0
@@ -65,3 +93,12 @@ def test_one_process_is_the_first_and_agrees_with_itself():
     assert processes.first
     assert processes.any(True)
     assert not processes.any(False)
+
+
+def test_shared_logits_refuse_experts_that_run_only_where_a_token_reaches_them():
+    sharded = Processes(Processes.join(check_recipe(RAW, "test")).accelerator, sharded=True)
+    expert = SimpleNamespace(expert=0, parameter=torch.zeros(4, 4))
+    fused = SimpleNamespace(expert=0, parameter=torch.zeros(2, 4, 4))
+    sharded.expect_idle([fused, SimpleNamespace(expert=None, parameter=torch.zeros(4, 4))])
+    with pytest.raises(UsageError, match=r"learn\.shard"):
+        sharded.expect_idle([expert])

@@ -122,3 +122,27 @@ def test_sanitizers(tmp_path: Path) -> None:
 def test_the_call_has_the_layout_of_the_source() -> None:
     """ctypes lays the structure out as the C++ compiler does: no field of 8 bytes follows an odd number of 4."""
     assert ctypes.sizeof(cpu._Call) == 8 * 8 + 4 * 14
+
+
+@pytest.mark.parametrize("kernel", ["torch", "fastest"])
+@pytest.mark.parametrize("parametrization", BOTH)
+def test_parts_of_a_weight_are_masked_as_the_whole(parametrization: Parametrization, kernel: str) -> None:
+    """By the number of their first group, forward and back; a part may be empty."""
+    pattern = Pattern(2, 4)
+    logits, weight, grad = case(pattern, parametrization, 41)
+    table, draw, scores = pattern.candidates().float(), Draw(0.5, 10.0, KEY), parametrization == "scores"
+    with using(kernel):  # type: ignore[arg-type]
+        out, norm = gumbel.masked_weight(logits, weight, table, scores, draw, torch.float32, True, n=2)
+        back = gumbel.masked_weight_backward(grad, torch.tensor(0.1), logits, weight, table, scores, draw, n=2)
+        outs, norms, backs = [], [], []
+        for a, b in ((0, 17), (17, 17), (17, 41)):
+            part = [x[a:b] for x in (logits, weight, grad)]
+            made, squared = gumbel.masked_weight(*part[:2], table, scores, draw, torch.float32, True, n=2, first_group=a)
+            outs.append(made)
+            norms.append(squared)
+            backs.append(
+                gumbel.masked_weight_backward(part[2], torch.tensor(0.1), *part[:2], table, scores, draw, n=2, first_group=a)
+            )
+    close(torch.cat(outs), out, 4e-6)
+    close(torch.cat(backs), back, 4e-6, scale=100)
+    close(torch.stack(norms).sum(), norm, 4e-6, scale=10)

@@ -12,9 +12,9 @@ from compress_kernels.gumbel import Draw
 from maskllm.blockwise import BlockError, BlockLearner, BlockResult, applied
 from maskllm.errors import MaskError
 from maskllm.gumbel import Schedule, prior_logits, soft_masked_weight
-from maskllm.learner import LearnSettings
 from maskllm.parametrization import MaskTarget
 from maskllm.patterns import Pattern
+from maskllm.settings import LearnSettings
 
 PATTERN = Pattern(2, 4)
 HIDDEN, LENGTH, TRAINED, HELD_OUT = 16, 6, 6, 6  # micro-batches of two sequences
@@ -256,7 +256,19 @@ def test_large_channels_decide_the_token_error_and_not_the_channel_error() -> No
     assert errors[0].token != pytest.approx(errors[1].token, rel=1e-2)
 
 
-@pytest.mark.parametrize("changes", [{}, {"noise": True, "parametrization": "patterns", "warmup": 0.3, "clip": 0.01}])
+LEAN = {"state": "8bit", "step_in_backward": True, "clip": 0.01, "clip_by": "weight", "micro_batch": 4}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"noise": True, "parametrization": "patterns", "warmup": 0.3, "clip": 0.01},
+        {"state": "bfloat16", "clip": 0.01},  # two micro-batches, summed in bfloat16
+        {"noise": True, **LEAN},
+    ],
+    ids=["standard", "noise", "bfloat16", "lean"],
+)
 def test_interrupted_at_any_step_it_ends_in_the_same_bits(changes: dict[str, Any]) -> None:
     whole = learner(**changes)
     losses = [record.loss for record in whole.steps()]
@@ -275,6 +287,55 @@ def test_interrupted_at_any_step_it_ends_in_the_same_bits(changes: dict[str, Any
         result = second.finish()
         assert same(result.masks, tensors.masks)
         assert result.after == tensors.after
+
+
+@pytest.mark.parametrize("state", ["float32", "bfloat16", "8bit"])
+@pytest.mark.parametrize("clip", [0.0, 1e-3])
+def test_a_step_in_the_backward_pass_is_bitwise_the_step_after_it(state: str, clip: float) -> None:
+    options = {"state": state, "clip": clip, "clip_by": "weight", "noise": True, "micro_batch": 4, "steps": 4}
+    frozen = {"experts": torch.tensor([False, True, False])}
+    after, within = (learner(True, **options, step_in_backward=early, frozen=frozen) for early in (False, True))
+    start = within.weights["experts"].logits.detach().clone()
+    for a, b in zip(after.steps(), within.steps(), strict=True):
+        assert (a.loss, a.gradient_norm) == (b.loss, b.gradient_norm)
+    assert same(after.tensors(), within.tensors())
+    assert torch.equal(within.weights["experts"].logits[1], start[1])
+    assert not torch.equal(within.weights["experts"].logits[0], start[0])
+
+
+@pytest.mark.parametrize("state", ["bfloat16", "8bit"])
+def test_narrow_states_are_kept_narrow_and_learn_as_float32_does(state: str) -> None:
+    gained = {}
+    for kept in ("float32", state):
+        run = learner(steps=40, state=kept)
+        list(run.steps())
+        tensors = run.tensors()
+        result = run.finish()
+        gained[kept] = result.before.token - result.after.token
+    logits = sum(value.numel() for key, value in tensors.items() if key.startswith("logits/"))
+    held = sum(value.numel() * value.itemsize for value in tensors.values())
+    assert held == pytest.approx(logits * {"bfloat16": 6, "8bit": 4}[state], rel=0.02)
+    assert gained[state] > 0.9 * gained["float32"] > 0
+
+
+def test_clipping_by_weight_is_clipping_to_its_share() -> None:
+    plain, clipped = (learner(clip=clip, clip_by="weight", batch=2, learning_rate=1e-9, steps=1) for clip in (0.0, 1e-3))
+    for run in (plain, clipped):
+        list(run.steps())
+    moments, total = plain.tensors(), sum(mask.logits.numel() for mask in plain.weights.values())
+    for name, mask in plain.weights.items():
+        gradient = 10 * moments[f"exp_avg/{name}"]
+        limit = 1e-3 * (mask.logits.numel() / total) ** 0.5
+        assert float(gradient.norm()) > limit
+        torch.testing.assert_close(
+            clipped.tensors()[f"exp_avg/{name}"], 0.1 * gradient * limit / gradient.norm(), rtol=1e-3, atol=1e-12
+        )
+
+
+def test_a_state_of_another_kind_is_refused() -> None:
+    saved, other = learner(state="bfloat16"), learner(state="8bit")
+    with pytest.raises(MaskError, match="not that of a 8bit state"):
+        other.load(1, saved.tensors())
 
 
 def test_seeds_decide_the_order_and_the_noise() -> None:
@@ -340,7 +401,12 @@ def test_applied_masks_come_off_whatever_happens() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"micro_batch": 2, "batch": 3}, "divisor of batch"), ({"outputs": [torch.zeros(2, LENGTH, HIDDEN)]}, "1 of outputs")],
+    [
+        ({"micro_batch": 2, "batch": 3}, "divisor of batch"),
+        ({"outputs": [torch.zeros(2, LENGTH, HIDDEN)]}, "1 of outputs"),
+        ({"step_in_backward": True}, "set micro_batch to 4"),
+        ({"step_in_backward": True, "micro_batch": 4, "clip": 1.0}, "clip_by to weight"),
+    ],
 )
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(MaskError, match=message):

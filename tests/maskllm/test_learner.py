@@ -15,9 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from maskllm.checkpoint import CheckpointStore
 from maskllm.errors import MaskError
 from maskllm.gumbel import Schedule, prior_logits
-from maskllm.learner import Learner, LearnSettings
+from maskllm.learner import Learner
 from maskllm.parametrization import MaskTarget
 from maskllm.patterns import Pattern
+from maskllm.settings import LearnSettings
 
 PATTERN = Pattern(2, 4)
 VOCAB = 64

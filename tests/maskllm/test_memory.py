@@ -21,11 +21,12 @@ from maskllm.checkpoint import CheckpointStore
 from maskllm.errors import MaskError
 from maskllm.gumbel import Schedule, prior_logits
 from maskllm.head import find_head, head_loss, without_head
-from maskllm.learner import Learner, LearnSettings
+from maskllm.learner import Learner
 from maskllm.objective import token_loss
 from maskllm.parametrization import MaskTarget
 from maskllm.patterns import Pattern
 from maskllm.recompute import checkpoint_blocks
+from maskllm.settings import LearnSettings
 
 PATTERN = Pattern(2, 4)
 VOCAB = 64
@@ -109,7 +110,7 @@ def everything(run: Learner) -> dict[str, Tensor]:
     found = {}
     for name, mask in run.weights.items():
         found[name] = mask.logits.detach().clone()
-        found |= {f"{key}/{name}": value.clone() for key, value in run.optimizer.moments(mask.logits).items()}
+        found |= {f"{key}/{name}": value.clone() for key, value in run.updates.optimizer.moments(mask.logits).items()}
     return found
 
 
@@ -234,7 +235,7 @@ def test_a_closed_learner_leaves_no_tensor(changes: dict[str, Any]) -> None:
     finish(run)
     model = run.model
     first = next(iter(run.weights.values())).logits
-    left = [weakref.ref(first), *(weakref.ref(t) for t in run.optimizer.moments(first).values())]
+    left = [weakref.ref(first), *(weakref.ref(t) for t in run.updates.optimizer.moments(first).values())]
     run.close()
     del run, first
     gc.collect()
@@ -247,9 +248,11 @@ def test_clipping_by_weight_is_clipping_to_its_share() -> None:
     found = gradients(run)
     total = sum(g.numel() for g in found.values())
     expected = {name: g * min(1.0, 1e-3 * (g.numel() / total) ** 0.5 / float(g.norm())) for name, g in found.items()}
-    run.update()
+    run.updates.finish()
     for name, mask in run.weights.items():
-        torch.testing.assert_close(run.optimizer.moments(mask.logits)["exp_avg"], 0.1 * expected[name], rtol=1e-3, atol=1e-12)
+        torch.testing.assert_close(
+            run.updates.optimizer.moments(mask.logits)["exp_avg"], 0.1 * expected[name], rtol=1e-3, atol=1e-12
+        )
 
 
 # --- narrow states
@@ -287,7 +290,7 @@ def test_gradients_of_micro_batches_are_summed_in_bfloat16(state: str) -> None:
     for a, b in zip(finish(run), finish(exact), strict=True):
         assert a.loss == pytest.approx(b.loss, rel=2e-3)
         assert a.gradient_norm == pytest.approx(b.gradient_norm, rel=2e-2)
-    assert not run._sums
+    assert not run.updates._sums
 
 
 @pytest.mark.parametrize(

@@ -314,3 +314,25 @@ def test_states_that_do_not_fit_are_refused() -> None:
         other.load_moments(qs[0], 1, other.moments(qs[1]))
     with pytest.raises(MaskError, match="none of the optimizer's"):
         optimizer.step_one(qs[0])
+
+
+@pytest.mark.parametrize("state", FORMATS)
+def test_parts_of_logits_move_as_the_whole_does(state: StateFormat) -> None:
+    """Cut at multiples of 256, each part told where it begins: the same random bits and the same blocks of codes."""
+    draw = torch.Generator().manual_seed(0)
+    start = (torch.randn(1000, generator=draw) * 0.01).to(logit_dtype(state))
+    grads = [torch.randn(1000, generator=draw).to(logit_dtype(state)) for _ in range(3)]
+    cuts = [(0, 256), (256, 768), (768, 1000)]
+    whole = torch.nn.Parameter(start.clone())
+    parts = [torch.nn.Parameter(start[a:b].clone()) for a, b in cuts]
+    one = MaskAdamW([whole], lr=0.01, state=state, seed=3)
+    runs = [MaskAdamW([part], lr=0.01, state=state, seed=3, firsts=[a]) for part, (a, _) in zip(parts, cuts, strict=True)]
+    for grad in grads:
+        whole.grad = grad.clone()
+        one.step()
+        for run, part, (a, b) in zip(runs, parts, cuts, strict=True):
+            part.grad = grad[a:b].clone()
+            run.step()
+    assert torch.equal(torch.cat([part.detach() for part in parts]), whole.detach())
+    for key, value in one.moments(whole).items():
+        assert torch.equal(torch.cat([run.moments(part)[key] for run, part in zip(runs, parts, strict=True)]), value), key

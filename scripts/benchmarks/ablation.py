@@ -1,0 +1,268 @@
+"""What each choice of mask learning is worth: one factor at a time around a recipe, at several budgets and seeds.
+
+    python scripts/benchmarks/ablation.py --out ablation.jsonl [--steps 30 120] [--seeds 3] [--only base "the paper's"]
+    python scripts/benchmarks/ablation.py --out ablation.jsonl --table
+
+The base is `recipes/quickstart.yaml` with the learning rate that it had before this comparison, 4e-3; every choice below changes only the keys
+that stand beside it. A step is that of the recipe (2,048 tokens), and all schedules are stretched to the number of steps. Learned from the first
+90 % of the embedded Wikipedia text and of WikiText-2 validation. The column to choose by, `held out`, is the geometric mean of the perplexities
+on the remaining 10 % of both, so that WikiText-2 test, the second column, decides nothing. A seed orders the text and draws the noise; the prior is
+the same for all seeds.
+
+Every run is a line of the output file as soon as it is finished, so an interrupted series goes on where it was; lines of other recipes are kept
+and not read. Seeds are the outer loop: whenever it is stopped, all choices have been run equally often, up to one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from compress.data import TokenBlocks
+from compress.recipe import LearnMaskRecipe
+from compress.recipe_file import dump_recipe, load_recipe, recipe_path
+from compress.session import Session, prepare
+from compress.settings import learn_settings
+from maskllm.learner import Learner
+from maskllm.storage import difference, mask_digest
+
+HELD_OUT = ("wikipedia", "wikitext2-valid")  # held out of the text that is learned from
+SPLIT = 0.9
+COMMON = [
+    f"data.sources.0.span=[0, {SPLIT}]",
+    f"data.sources.1.span=[0, {SPLIT}]",
+    *(
+        f"evaluate.texts.{name}={{source: {{path: 'asset:{name}', span: [{SPLIT}, 1]}}, seqlen: 256, limit: 64}}"
+        for name in HELD_OUT
+    ),
+    "evaluate.texts.wikitext2={source: {path: 'asset:wikitext2-test'}, seqlen: 256, limit: 64}",
+    "learn.learning_rate=4e-3",
+    "evaluate.every=0",
+    "evaluate.baselines=[]",
+]
+PAPER_SCHEDULES = ["learn.temperature={start: 4, end: 0.05, curve: linear}", "learn.scale={start: 100, end: 500, curve: linear}"]
+PAPER = [
+    "learn.parametrization=patterns",
+    "learn.noise=true",
+    "prior.noise=true",
+    *PAPER_SCHEDULES,
+    "learn.regulariser=1e-5",
+    "learn.weight_decay=0.1",
+    "learn.warmup=0",
+    "learn.cross_entropy=1",
+    "learn.distillation=0",
+]
+# (factor, choice, what it changes). The paper's learning rate is that of its smallest models, 843 M and 2 B parameters.
+CHOICES: list[tuple[str, str, list[str]]] = [
+    ("", "base", []),
+    ("", "the paper's", [*PAPER, "learn.learning_rate=1e-3"]),
+    ("", "the paper's, rate 2e-3 and warm-up", [*PAPER, "learn.warmup=0.1", "learn.learning_rate=2e-3"]),
+    ("", "the paper's, rate 4e-3 and warm-up", [*PAPER, "learn.warmup=0.1"]),
+    ("learning rate", "2e-3", ["learn.learning_rate=2e-3"]),
+    ("learning rate", "1e-3", ["learn.learning_rate=1e-3"]),
+    ("parametrization", "patterns", ["learn.parametrization=patterns"]),
+    ("annealing", "temperature linear", ["learn.temperature.curve=linear"]),
+    (
+        "annealing",
+        "sharpness to 10,000",
+        ["learn.temperature.end=0.05", "learn.scale={start: 100, end: 500, curve: linear}"],
+    ),
+    ("annealing", "the paper's schedules", PAPER_SCHEDULES),
+    ("noise", "Gumbel", ["learn.noise=true"]),
+    ("loss", "distillation", ["learn.cross_entropy=0", "learn.distillation=1"]),
+    ("loss", "both, 1 : 1", ["learn.cross_entropy=0.5", "learn.distillation=0.5"]),
+    ("regulariser", "1e-5", ["learn.regulariser=1e-5"]),
+    ("prior", "magnitude", ["prior.method=magnitude"]),
+    ("prior", "Wanda", ["prior.method=wanda"]),
+    ("prior", "strength 1", ["prior.strength=1"]),
+    ("prior", "strength 5", ["prior.strength=5"]),
+]
+
+
+def main() -> None:
+    """Run what is missing in the output file, or print its table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines, a line a run")
+    parser.add_argument(
+        "--recipe", default="quickstart", help="the base: a recipe whose text is two embedded ones, Wikipedia first"
+    )
+    parser.add_argument("--steps", type=int, nargs="+", default=[30, 120], help="budgets")
+    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
+    parser.add_argument("--only", nargs="+", metavar="CHOICE", help="run these choices only")
+    parser.add_argument("--table", action="store_true", help="print what is there as Markdown, and run nothing")
+    arguments = parser.parse_args()
+    rows = read_rows(arguments.out)
+    if arguments.table:
+        print(table(arguments.recipe, rows, arguments.steps))
+        return
+    unknown = set(arguments.only or []) - {choice for _, choice, _ in CHOICES}
+    if unknown:
+        parser.error(f"no choice {', '.join(sorted(unknown))}; there are {', '.join(c for _, c, _ in CHOICES)}")
+    known = {row["key"] for row in rows}
+    runs = []
+    for seed in range(arguments.seeds):
+        for steps in sorted(arguments.steps):
+            for _, choice, changes in CHOICES:
+                recipe = variant(arguments.recipe, changes, steps, seed)
+                if (not arguments.only or choice in arguments.only) and key_of(recipe) not in known:
+                    runs.append((choice, recipe))
+    print(f"{len(runs)} runs to do, {len(known)} lines known", file=sys.stderr)
+    if runs:
+        ablation = Ablation(variant(arguments.recipe, [], arguments.steps[0], 0), arguments.out)
+        for method in ("dense", *dict.fromkeys(recipe.prior.method for _, recipe in runs)):
+            ablation.reference(method, known)
+        for choice, recipe in runs:
+            ablation.run(choice, recipe)
+
+
+def variant(base: str, changes: Sequence[str], steps: int, seed: int) -> LearnMaskRecipe:
+    """The recipe of one run."""
+    return load_recipe(recipe_path(base), [*COMMON, *changes, f"learn.steps={steps}", f"seed={seed}"])
+
+
+def key_of(recipe: LearnMaskRecipe) -> str:
+    """What tells one run from another: all that it is asked to do."""
+    return hashlib.sha256(dump_recipe(recipe).encode()).hexdigest()
+
+
+class Ablation:
+    """Runs on one loaded model and one tokenised text; each prior mask is found once."""
+
+    def __init__(self, base: LearnMaskRecipe, out: Path) -> None:
+        self.session, self.out = prepare(base), out
+        self.priors: dict[str, dict[str, Tensor]] = {}
+        self.accelerator = Accelerator(cpu=self.session.loaded.model.device.type == "cpu")
+
+    def prior(self, method: str) -> dict[str, Tensor]:
+        if method not in self.priors:
+            self.priors[method] = self.session.one_shot(method).masks  # type: ignore[arg-type]
+        return self.priors[method]
+
+    def reference(self, method: str, known: set[str]) -> None:
+        """A line for the dense network, or for what a prior scores unlearned."""
+        key = f"{key_of(self.session.recipe)} {method}"
+        if key in known:
+            return
+        if method == "dense":
+            scores = self.session.measure("dense")
+        else:
+            with self.session.holding(self.prior(method)):
+                scores = self.session.measure(method)
+        self.write({"key": key, "reference": method, "perplexities": scores})
+
+    def run(self, choice: str, recipe: LearnMaskRecipe) -> None:
+        """Learn, measure, write the line."""
+        base, began = self.session, time.monotonic()
+        blocks = TokenBlocks(base.blocks.tokens, recipe.data.seqlen, recipe.seed + 1)
+        session: Session = dataclasses.replace(base, recipe=recipe, blocks=blocks)
+        prior = self.prior(recipe.prior.method)
+        learner = Learner(
+            session.loaded.model,
+            session.targets(session.parameters),
+            session.pattern,
+            learn_settings(recipe.learn, recipe.seed),
+            session.start_logits(prior, session.parameters, recipe.seed),
+            prior,
+            self.accelerator,
+        )
+        try:
+            losses = [record.loss for record in learner.steps(blocks.batch)]
+            masks = learner.masks()
+        finally:
+            learner.close()
+        flips = difference(masks, prior, session.pattern, session.contracted).values()
+        with session.holding(masks):
+            scores = session.measure(f"{choice}, {recipe.learn.steps} steps, seed {recipe.seed}")
+        self.write(
+            {
+                "key": key_of(recipe),
+                "choice": choice,
+                "steps": recipe.learn.steps,
+                "seed": recipe.seed,
+                "perplexities": scores,
+                "flipped": sum(a for a, _ in flips) / sum(b for _, b in flips),
+                "last_losses": losses[-5:],
+                "digest": mask_digest(masks),
+                "seconds": time.monotonic() - began,
+                "threads": torch.get_num_threads(),
+            }
+        )
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a line; one that a kill cut off is first taken away."""
+        text = self.out.read_text(encoding="utf-8") if self.out.exists() else ""
+        with self.out.open("a", encoding="utf-8") as file:
+            file.truncate(len(text[: text.rfind("\n") + 1].encode()))
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of the output file."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def held_out(row: dict[str, Any]) -> float:
+    """Geometric mean of the perplexities on the held-out parts."""
+    return math.exp(statistics.fmean(math.log(row["perplexities"][name]) for name in HELD_OUT))
+
+
+def table(base: str, rows: list[dict[str, Any]], budgets: Sequence[int]) -> str:
+    """Markdown: a line a choice, mean and range over the seeds, held out and test at each budget; how many seeds, where it is not all."""
+    by_key = {row["key"]: row for row in rows}
+    lines = [
+        "| " + " | ".join(["factor", "choice", *(f"{s} steps: held out | test | flipped" for s in sorted(budgets))]) + " |",
+        "| " + " | ".join(["---", "---", *["---: | ---: | ---:"] * len(budgets)]) + " |",
+    ]
+    reference = key_of(variant(base, [], budgets[0], 0))
+    for method in ("dense", "sparsegpt", "wanda", "magnitude"):
+        row = by_key.get(f"{reference} {method}")
+        if row:
+            cells = [f"{held_out(row):.1f}", f"{row['perplexities']['wikitext2']:.1f}", ""]
+            name = method if method == "dense" else f"{method}, not learned"
+            lines.append("| " + " | ".join(["", name, *cells * len(budgets)]) + " |")
+    found = {(c, steps): list(_runs(by_key, base, changes, steps)) for _, c, changes in CHOICES for steps in sorted(budgets)}
+    most = max(map(len, found.values()))
+    for factor, choice, _ in CHOICES:
+        cells = [cell for steps in sorted(budgets) for cell in _cells(found[choice, steps], most)]
+        if any(cells):
+            lines.append("| " + " | ".join([factor, choice, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _runs(by_key: dict[str, dict[str, Any]], base: str, changes: Sequence[str], steps: int) -> Iterator[dict[str, Any]]:
+    """What was run of a choice at one budget, by seed."""
+    seed = 0
+    while row := by_key.get(key_of(variant(base, changes, steps, seed))):
+        yield row
+        seed += 1
+
+
+def _cells(found: Sequence[dict[str, Any]], seeds: int) -> list[str]:
+    if not found:
+        return ["", "", ""]
+    columns = [held_out(r) for r in found], [r["perplexities"]["wikitext2"] for r in found]
+    texts = [f"{statistics.fmean(c):.1f}" + (f" ({min(c):.1f} to {max(c):.1f})" if len(c) > 1 else "") for c in columns]
+    if len(found) < seeds:
+        texts[0] += f", {len(found)} seed{'s' if len(found) > 1 else ''}"
+    return [*texts, f"{100 * statistics.fmean(r['flipped'] for r in found):.1f} %"]
+
+
+if __name__ == "__main__":
+    main()
