@@ -74,10 +74,10 @@ def model_timings(
         rows.append(
             ModelTiming(
                 model=source,
-                backend=_backend(model.model),
+                backend=backend_of(model.model),
                 dtype=str(model.model.dtype).removeprefix("torch."),
                 threads=threads,
-                weight_bytes=_bytes(model.model),
+                weight_bytes=bytes_in_memory(model.model),
                 prompt_tokens=prompt_count,
                 new_tokens=new_count,
                 prefill_tokens_per_second=prefill,
@@ -89,7 +89,8 @@ def model_timings(
     return rows
 
 
-def _backend(model: nn.Module) -> str:
+def backend_of(model: nn.Module) -> str:
+    """How the weights of linear layers lie in memory: "dense", or "2:4" and the type of the values."""
     from compress.runtime import Sparse24Linear
 
     packed = [m for m in model.modules() if isinstance(m, Sparse24Linear)]
@@ -98,6 +99,7 @@ def _backend(model: nn.Module) -> str:
     return f"2:4 {str(packed[0].values.dtype).removeprefix('torch.')}"
 
 
-def _bytes(model: nn.Module) -> int:
+def bytes_in_memory(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, tied ones once."""
     seen = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*model.parameters(), *model.buffers()]}
     return sum(seen.values())

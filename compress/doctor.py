@@ -1,4 +1,4 @@
-"""What this machine has, and what the tool can therefore do here. Looks, and changes nothing."""
+"""What this machine has, and what the tool can therefore do here. Changes nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import psutil
 import torch
 
 import compress_kernels
-from compress import __version__
+from compress import __version__, bench_gpu
+from compress.errors import CompressError
 from compress_kernels import sparse24
 from compress_kernels.native import native
 
@@ -47,11 +48,12 @@ class Kernel:
     reason: str
 
 
-def examine() -> dict[str, Any]:
+def examine(probe: bool = True) -> dict[str, Any]:
     """Everything, as plain values for JSON.
 
-    `tool`, `system`, `cpu`, `memory`, `compiler`, `kernels`, `sparse24` (what computes 2:4 products, by device), `gpu`, `packages`,
-    `optional`.
+    `tool`, `system`, `cpu`, `memory`, `compiler`, `kernels`, `sparse24` (what computes 2:4 products, by device), `gpu`, `gpu_choices`
+    (which implementation is fastest for some of them there, or why that is not known), `packages`, `optional`. probe: time 2:4 products
+    where there is a GPU.
     """
     return {
         "tool": __version__,
@@ -62,6 +64,7 @@ def examine() -> dict[str, Any]:
         "kernels": [asdict(kernel) for kernel in kernels()],
         "sparse24": {device: sparse24.implementation(device)._asdict() for device in _devices()},
         "gpu": _gpu(),
+        "gpu_choices": gpu_choices(probe),
         "packages": {name: version(name) for name in PACKAGES},
         "optional": [asdict(item) for item in extras()],
     }
@@ -72,6 +75,19 @@ def kernels() -> list[Kernel]:
     folders = sorted(source.parent.name for root in compress_kernels.__path__ for source in Path(root).glob("*/cpu.cpp"))
     found = [native(name) for name in folders]
     return [Kernel(kernel.name, kernel.library is not None, kernel.isa, kernel.reason) for kernel in found]
+
+
+def gpu_choices(probe: bool) -> dict[str, Any]:
+    """`choices`, those of `compress.bench_gpu.probe` as plain values with their words, and `reason`, which is empty when there are any."""
+    reason, found = bench_gpu.unavailable(), []
+    if not reason and not probe:
+        reason = "not timed"
+    if not reason:
+        try:
+            found = bench_gpu.probe()
+        except CompressError as error:
+            reason = str(error)
+    return {"reason": reason, "choices": [asdict(choice) | {"case": choice.case, "summary": str(choice)} for choice in found]}
 
 
 def _devices() -> list[str]:

@@ -16,43 +16,47 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from compress import packed, packed_moe, runtime, runtime_lowbit
 from compress.checkpoint import TensorInfo, read_header
-from compress.packed import QUANT_METHOD, PackedMatrix, find_tensors, from_config
-from compress.runtime import check_loaded, install
+from compress.routing.quantizer import RoutingConfig, RoutingQuantizer
+from compress.routing.storage import attach_saved
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Packed24Config", "Packed24Quantizer"]
+__all__ = [
+    "Packed24Config",
+    "Packed24Quantizer",
+    "PackedMoeConfig",
+    "PackedMoeQuantizer",
+    "RoutingConfig",
+    "RoutingQuantizer",
+]
 
 
-@register_quantization_config(QUANT_METHOD)
-class Packed24Config(QuantizationConfigMixin):
-    """The `quantization_config` of a packed-24 checkpoint, kept as config.json has it; `compress.packed` says what it means."""
-
-    def __init__(self, **entries: Any) -> None:
-        vars(self).update({**entries, "quant_method": QUANT_METHOD})
-
-
-@register_quantizer(QUANT_METHOD)
-class Packed24Quantizer(HfQuantizer):
+class _PackedQuantizer(HfQuantizer):
     """Puts packed modules into the empty model before transformers loads its tensors."""
 
     requires_calibration = True  # in transformers' words: it loads what was packed before, and packs nothing itself
-    matrices: list[PackedMatrix]
+    matrices: list[Any]  # packed parameters: each has the `name` and `shape` of the dense one
+
+    def _install(self, model: PreTrainedModel, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> list[Any]:
+        """Check `tensors` against the configuration, put the modules in, and return the packed parameters."""
+        raise NotImplementedError
+
+    def _check(self, model: PreTrainedModel) -> None:
+        """Raise CompressError when the loaded tensors are damaged."""
+        raise NotImplementedError
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         files = [Path(file) for file in checkpoint_files or ()]
         self.where = str(files[0].parent) if files else "the checkpoint"
-        config = self.quantization_config.to_dict()
-        self.matrices = from_config(config, self.where)
         tensors: dict[str, TensorInfo] = {}
         for file in files:
             tensors.update(read_header(file)[1])
-        find_tensors(self.matrices, tensors, lambda: model, self.where)
-        install(model, self.matrices, config["activations"])
+        self.matrices = self._install(model, self.quantization_config.to_dict(), tensors)
         # While transformers loads, `_init_weights` of some models reaches for the dense weights; what bears this mark it leaves alone.
         for owner, name in self._owners(model):
             placeholder: Any = torch.empty(0)
@@ -63,7 +67,8 @@ class Packed24Quantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for owner, name in self._owners(model):
             delattr(owner, name)
-        check_loaded(model, self.matrices, self.where)
+        self._check(model)
+        attach_saved(model, self.where)
         return model
 
     def _owners(self, model: PreTrainedModel) -> Iterator[tuple[nn.Module, str]]:
@@ -82,5 +87,49 @@ class Packed24Quantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """Packed linear layers are one registered operation each; packed experts choose their tokens in Python."""
+        """Packed linear layers are fixed operations; packed experts choose their tokens in Python."""
         return all(len(matrix.shape) == 2 for matrix in self.matrices)
+
+
+@register_quantization_config(packed.QUANT_METHOD)
+class Packed24Config(QuantizationConfigMixin):
+    """The `quantization_config` of a packed-24 checkpoint, kept as config.json has it; `compress.packed` says what it means."""
+
+    def __init__(self, **entries: Any) -> None:
+        vars(self).update({**entries, "quant_method": packed.QUANT_METHOD})
+
+
+@register_quantizer(packed.QUANT_METHOD)
+class Packed24Quantizer(_PackedQuantizer):
+    """Loads packed-24 checkpoints."""
+
+    def _install(self, model: PreTrainedModel, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> list[Any]:
+        matrices = packed.from_config(config, self.where)
+        packed.find_tensors(matrices, tensors, lambda: model, self.where)
+        runtime.install(model, matrices, config["activations"])
+        return matrices
+
+    def _check(self, model: PreTrainedModel) -> None:
+        runtime.check_loaded(model, self.matrices, self.where)
+
+
+@register_quantization_config(packed_moe.QUANT_METHOD)
+class PackedMoeConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a packed-moe checkpoint, kept as config.json has it; `compress.packed_moe` says what it means."""
+
+    def __init__(self, **entries: Any) -> None:
+        vars(self).update({**entries, "quant_method": packed_moe.QUANT_METHOD})
+
+
+@register_quantizer(packed_moe.QUANT_METHOD)
+class PackedMoeQuantizer(_PackedQuantizer):
+    """Loads packed-moe checkpoints."""
+
+    def _install(self, model: PreTrainedModel, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> list[Any]:
+        parameters = packed_moe.from_config(config, self.where)
+        packed_moe.find_tensors(parameters, tensors, lambda: model, self.where)
+        runtime_lowbit.install(model, parameters)
+        return parameters
+
+    def _check(self, model: PreTrainedModel) -> None:
+        runtime_lowbit.check_loaded(model, self.matrices, self.where)

@@ -14,6 +14,7 @@ from torch import Tensor
 from compress.checkpoint import Checkpoint, TensorInfo, checkpoint_files, read_header
 from compress.errors import UsageError
 from compress.packed import PackedCheckpoint, is_packed
+from compress.packed_moe import PackedMoeCheckpoint, is_packed_moe
 from compress.verify import nonzeros
 from maskllm.errors import MaskError
 from maskllm.patterns import Pattern
@@ -56,6 +57,8 @@ def inspect_checkpoint(path: Path) -> Iterator[TensorRow]:
         yield from _mask_file(path / "mask.safetensors")
     elif path.is_dir() and is_packed(path):
         yield from _packed(path)
+    elif path.is_dir() and is_packed_moe(path):
+        yield from _packed_moe(path)
     else:
         checkpoint_files(path)
         checkpoint = Checkpoint(path)
@@ -76,6 +79,24 @@ def _packed(path: Path) -> Iterator[TensorRow]:
         along = "" if matrix.contracted_dim == -1 else " along -2"
         bits = 8 * matrix.nbytes / matrix.weights
         yield TensorRow(matrix.name, matrix.shape, f"packed {matrix.values}", matrix.nbytes, bits, sparsity, pattern + along)
+    yield from _plain(packed.checkpoint, packed.plain)
+
+
+def _packed_moe(path: Path) -> Iterator[TensorRow]:
+    """The quantised parameters, each as one row of its dense shape with the bytes of all its matrices; then the rest."""
+    packed = PackedMoeCheckpoint(path)
+    for parameter in packed.parameters:
+        zeros, patterns, widths = 0, set(), set()
+        for _, slab, place in parameter.matrices():
+            matrix = packed.read(slab, place).dequantize()
+            share, pattern = describe(matrix)
+            zeros += round(share * matrix.numel())
+            patterns.add(pattern)
+            widths.add(slab.grid.bits)
+        bits = 8 * parameter.nbytes / parameter.weights
+        kind = "packed " + ", ".join(map(str, sorted(widths))) + " bit"
+        pattern = patterns.pop() if len(patterns) == 1 else "dense"
+        yield TensorRow(parameter.name, parameter.shape, kind, parameter.nbytes, bits, zeros / parameter.weights, pattern)
     yield from _plain(packed.checkpoint, packed.plain)
 
 

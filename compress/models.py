@@ -122,11 +122,12 @@ def load_model(
 
     import compress.hf  # noqa: F401  so that transformers knows the packed formats, from the hub too
     from compress.packed import is_packed
+    from compress.packed_moe import is_packed_moe
 
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is not known; one of {', '.join(DTYPES)}")
     found = resolve_source(source)
-    if found.folder is not None and found.gguf_file is None and is_packed(found.folder):
+    if found.folder is not None and found.gguf_file is None and (is_packed(found.folder) or is_packed_moe(found.folder)):
         Checkpoint(found.folder)  # says what is missing or cut short before anything is loaded
     options: dict[str, Any] = {"dtype": DTYPES[dtype], "revision": revision, "trust_remote_code": trust_remote_code}
     if found.gguf_file:

@@ -127,13 +127,18 @@ def from_config(config: Mapping[str, Any], where: str) -> list[PackedMatrix]:
     return matrices
 
 
-def is_packed(folder: Path) -> bool:
-    """Whether the config.json of a folder says that the checkpoint is packed-24, of any version; one that cannot be read does not."""
+def quant_method(folder: Path) -> str | None:
+    """What quantised the checkpoint in a folder, as its config.json says; None where it says nothing or cannot be read."""
     try:
         quantization = read_json(folder / "config.json").get("quantization_config")
     except UsageError:
-        return False
-    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
+        return None
+    return quantization.get("quant_method") if isinstance(quantization, dict) else None
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether the config.json of a folder says that the checkpoint is packed-24, of any version; one that cannot be read does not."""
+    return quant_method(folder) == QUANT_METHOD
 
 
 def find_tensors(

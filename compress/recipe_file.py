@@ -1,6 +1,7 @@
-"""Recipe files: find one, apply `key=value` overrides, check it against the schema (`compress.recipe`), write it in full.
+"""Recipe files: find one, apply `key=value` overrides, check it against the schema of its kind, write it in full.
 
-All faults of a recipe are told at once; an unknown key is one that names the closest known key. Imports neither torch nor transformers.
+The key `recipe` says of which kind a file is (`KINDS`); a file that does not say is of the first kind. All faults of a recipe are told at
+once; an unknown key is one that names the closest known key. Imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -8,13 +9,20 @@ from __future__ import annotations
 import difflib
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from compress.errors import UsageError
 from compress.recipe import LearnMaskRecipe, Section
+from compress.recipe_quantize import QuantizeRecipe
+from compress.recipe_routing import LearnRoutingRecipe
+
+Recipe = LearnMaskRecipe | LearnRoutingRecipe | QuantizeRecipe
+# What `recipe:` says -> the schema. Each kind is driven by the command of the same name.
+KINDS: dict[str, type[Recipe]] = {"learn-mask": LearnMaskRecipe, "learn-routing": LearnRoutingRecipe, "quantize": QuantizeRecipe}
+R = TypeVar("R", bound=Recipe)
 
 
 def recipe_path(name: str) -> Path:
@@ -38,8 +46,8 @@ def shipped_recipes() -> dict[str, Path]:
     return {p.stem: p for p in sorted(folder.glob("*.yaml"))}
 
 
-def load_recipe(path: Path, overrides: list[str] | None = None) -> LearnMaskRecipe:
-    """Read a recipe, apply `key=value` overrides and check it. Raises UsageError that lists every fault at once."""
+def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe of any kind, apply `key=value` overrides and check it. Raises UsageError that lists every fault at once."""
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -53,12 +61,23 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> LearnMaskReci
     return check_recipe(raw, str(path))
 
 
-def check_recipe(raw: dict[str, Any], where: str) -> LearnMaskRecipe:
+def load_recipe_of(kind: type[R], path: Path, overrides: list[str] | None = None) -> R:
+    """As `load_recipe`, for a command that takes one kind only. Raises UsageError for a recipe of another kind, too."""
+    found = load_recipe(path, overrides)
+    if not isinstance(found, kind):
+        raise UsageError(f"{path} is a {found.recipe} recipe; run it with `compress {found.recipe}`")
+    return found
+
+
+def check_recipe(raw: dict[str, Any], where: str) -> Recipe:
     """Validate parsed YAML. `where` names it in errors."""
+    kind = raw.get("recipe", next(iter(KINDS)))
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise UsageError(f"{where} is not a valid recipe:\n  recipe: {kind!r} is no kind of recipe{_closest(str(kind), KINDS)}")
     try:
-        return LearnMaskRecipe.model_validate(raw)
+        return KINDS[kind].model_validate(raw)
     except ValidationError as error:
-        lines = "\n".join(f"  {line}" for line in _explain(error))
+        lines = "\n".join(f"  {line}" for line in _explain(error, KINDS[kind]))
         raise UsageError(f"{where} is not a valid recipe:\n{lines}") from error
 
 
@@ -95,18 +114,23 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
             node = node[index]
 
 
-def dump_recipe(recipe: LearnMaskRecipe) -> str:
+def recipe_schema() -> dict[str, Any]:
+    """The JSON Schema of recipes of all kinds."""
+    return TypeAdapter(Recipe).json_schema()
+
+
+def dump_recipe(recipe: Recipe) -> str:
     """The recipe with every default filled in, as YAML that reads back to the same recipe."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
 
-def _explain(error: ValidationError) -> list[str]:
+def _explain(error: ValidationError, schema: type[Recipe]) -> list[str]:
     lines = []
     for fault in error.errors():
         where = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "extra_forbidden":
             *parents, key = fault["loc"]
-            lines.append(f"{where}: unknown key{_closest(str(key), _keys_at(tuple(parents)))}")
+            lines.append(f"{where}: unknown key{_closest(str(key), _keys_at(schema, tuple(parents)))}")
         elif fault["type"] == "missing":
             lines.append(f"{where}: missing, and it has no default")
         else:
@@ -121,9 +145,9 @@ def _explain(error: ValidationError) -> list[str]:
     return lines
 
 
-def _keys_at(path: tuple[int | str, ...]) -> list[str]:
+def _keys_at(schema: type[Recipe], path: tuple[int | str, ...]) -> list[str]:
     """The known keys of the section at `path`."""
-    section: Any = LearnMaskRecipe
+    section: Any = schema
     for part in path:
         if isinstance(part, int) or not hasattr(section, "model_fields"):
             continue

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import html
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from compress import __version__
+from compress.figures import ACCENT, INK, MUTED, figure, page, plain, svg
 from compress.recipe import LearnMaskRecipe
 from compress.recipe_file import dump_recipe
 from compress.rundir import RunDir, write_atomic
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-_STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;color:#1c2430;max-width:960px;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.6rem;margin-bottom:0}h2{font-size:1.15rem;margin-top:2rem}
-table{border-collapse:collapse;margin:1rem 0}td,th{padding:.3rem .9rem;text-align:right;border-bottom:1px solid #dde3ea}
-td:first-child,th:first-child{text-align:left}tr.best td{font-weight:600;background:#eaf6ef}
-pre{background:#f5f7fa;padding:1rem;overflow:auto;font-size:12px}svg{max-width:100%;height:auto}.note{color:#5b6775}
-"""
-_INK, _ACCENT, _MUTED = "#1c2430", "#0b7a4b", "#9fb0c3"
 
 
 def write_report(
@@ -45,21 +35,20 @@ def write_report(
         f"from the {html.escape(recipe.prior.mask or recipe.prior.method)} prior. Mask {digest[:16]}. compress {__version__}</p>",
     ]
     if rows and rows[0]["perplexities"]:
-        parts += ["<h2>Perplexity</h2>", _table(rows), _svg(_bars(rows))]
+        parts += ["<h2>Perplexity</h2>", _table(rows), svg(_bars(rows))]
     if blocks:
-        parts += ["<h2>Block by block</h2>", f"<p class=note>{html.escape(_block_note(blocks))}</p>", _svg(_block_bars(blocks))]
+        parts += ["<h2>Block by block</h2>", f"<p class=note>{html.escape(_block_note(blocks))}</p>", svg(_block_bars(blocks))]
     if any("perplexity" in m for m in measures):
-        parts += ["<h2>While learning</h2>", _svg(_curves([m for m in measures if "perplexity" in m], recipe))]
+        parts += ["<h2>While learning</h2>", svg(_curves([m for m in measures if "perplexity" in m], recipe))]
     if steps:
-        parts += ["<h2>Losses</h2>", _svg(_losses(steps))]
+        parts += ["<h2>Losses</h2>", svg(_losses(steps))]
     parts += [
         "<h2>Where the mask moved</h2>",
         "<p class=note>Share of the groups that differ from the prior.</p>",
-        _svg(_heat(layers)),
+        svg(_heat(layers)),
     ]
     parts += ["<h2>Recipe</h2>", f"<pre>{html.escape(dump_recipe(recipe))}</pre>"]
-    page = "\n".join(["<!doctype html><meta charset=utf-8><title>compress report</title>", f"<style>{_STYLE}</style>", *parts])
-    write_atomic(run.report, page)
+    write_atomic(run.report, page("compress report", parts))
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
@@ -73,79 +62,51 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*lines, "</table>"])
 
 
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
-
-
-def _svg(figure: Figure) -> str:
-    from matplotlib import pyplot
-
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
-    pyplot.close(figure)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
-
-
-def _plain(axes: Axes, title: str = "", x: str = "", y: str = "") -> Axes:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(title, fontsize=10, loc="left", color=_INK)
-    axes.set_xlabel(x, fontsize=9)
-    axes.set_ylabel(y, fontsize=9)
-    axes.tick_params(labelsize=8)
-    return axes
-
-
 def _bars(rows: Sequence[dict[str, Any]]) -> Figure:
     names = list(rows[0]["perplexities"])
-    figure, grid = _figure(9, 0.6 + 0.32 * len(rows), len(names))
+    drawn, grid = figure(9, 0.6 + 0.32 * len(rows), len(names))
     for axes, name in zip(grid[0], names, strict=True):
         values = [r["perplexities"][name] for r in rows]
-        colours = [_ACCENT if r["method"] == "learned" else _INK if r["method"] == "dense" else _MUTED for r in rows]
+        colours = [ACCENT if r["method"] == "learned" else INK if r["method"] == "dense" else MUTED for r in rows]
         bars = axes.barh([r["method"] for r in rows], values, color=colours)
         axes.bar_label(bars, [f"{v:.1f}" for v in values], padding=3, fontsize=8)
         axes.invert_yaxis()
         if max(values) > 8 * min(values):
             axes.set_xscale("log")
         axes.margins(x=0.15)
-        _plain(axes, f"{name} (lower is better)")
-    return figure
+        plain(axes, f"{name} (lower is better)")
+    return drawn
 
 
 def _curves(measures: Sequence[dict[str, Any]], recipe: LearnMaskRecipe) -> Figure:
     text = next(iter(recipe.evaluate.texts), "perplexity")
-    figure, grid = _figure(9, 3, 2)
+    drawn, grid = figure(9, 3, 2)
     values = [m["perplexity"] for m in measures]
-    grid[0][0].plot([m["tokens"] for m in measures], values, "o-", color=_ACCENT, markersize=3)
-    _plain(grid[0][0], f"{text} of the hard mask", "tokens seen", "perplexity")
-    grid[0][1].plot([100 * m["flipped"] for m in measures], values, "o-", color=_ACCENT, markersize=3)
-    _plain(grid[0][1], "against what changed", "groups that differ from the prior (%)", "perplexity")
+    grid[0][0].plot([m["tokens"] for m in measures], values, "o-", color=ACCENT, markersize=3)
+    plain(grid[0][0], f"{text} of the hard mask", "tokens seen", "perplexity")
+    grid[0][1].plot([100 * m["flipped"] for m in measures], values, "o-", color=ACCENT, markersize=3)
+    plain(grid[0][1], "against what changed", "groups that differ from the prior (%)", "perplexity")
     for axes in grid[0]:
         if max(values) > 4 * min(values):
             axes.set_yscale("log")
-    return figure
+    return drawn
 
 
 def _losses(steps: Sequence[dict[str, Any]]) -> Figure:
-    figure, grid = _figure(9, 3, 2)
+    drawn, grid = figure(9, 3, 2)
     x = [s["step"] for s in steps]
-    grid[0][0].plot(x, [s["cross_entropy"] for s in steps], color=_INK, linewidth=1, label="cross-entropy")
+    grid[0][0].plot(x, [s["cross_entropy"] for s in steps], color=INK, linewidth=1, label="cross-entropy")
     if any(s["kl"] for s in steps):
-        grid[0][0].plot(x, [s["kl"] for s in steps], color=_ACCENT, linewidth=1, label="KL to the dense model")
+        grid[0][0].plot(x, [s["kl"] for s in steps], color=ACCENT, linewidth=1, label="KL to the dense model")
     grid[0][0].legend(fontsize=8, frameon=False)
-    _plain(grid[0][0], "with soft masks", "step", "nats a token")
-    grid[0][1].semilogy(x, [s["gradient_norm"] for s in steps], color=_MUTED, linewidth=1, label="gradient norm")
+    plain(grid[0][0], "with soft masks", "step", "nats a token")
+    grid[0][1].semilogy(x, [s["gradient_norm"] for s in steps], color=MUTED, linewidth=1, label="gradient norm")
     grid[0][1].semilogy(
-        x, [s["temperature"] * 100 / s["scale"] for s in steps], color=_ACCENT, linewidth=1, label="temperature / (scale / 100)"
+        x, [s["temperature"] * 100 / s["scale"] for s in steps], color=ACCENT, linewidth=1, label="temperature / (scale / 100)"
     )
     grid[0][1].legend(fontsize=8, frameon=False)
-    _plain(grid[0][1], "schedule", "step")
-    return figure
+    plain(grid[0][1], "schedule", "step")
+    return drawn
 
 
 def _block_note(blocks: Sequence[dict[str, Any]]) -> str:
@@ -160,19 +121,19 @@ def _block_note(blocks: Sequence[dict[str, Any]]) -> str:
 
 
 def _block_bars(blocks: Sequence[dict[str, Any]]) -> Figure:
-    figure, grid = _figure(9, 3, 2)
+    drawn, grid = figure(9, 3, 2)
     at = range(len(blocks))
     names = [str(m["block"]) for m in blocks]
-    grid[0][0].bar(at, [m["error_before"] for m in blocks], color=_MUTED, width=0.8, label="prior")
-    grid[0][0].bar(at, [m["error_after"] for m in blocks], color=_ACCENT, width=0.45, label="learned")
+    grid[0][0].bar(at, [m["error_before"] for m in blocks], color=MUTED, width=0.8, label="prior")
+    grid[0][0].bar(at, [m["error_after"] for m in blocks], color=ACCENT, width=0.45, label="learned")
     grid[0][0].legend(fontsize=8, frameon=False)
-    _plain(grid[0][0], "held-out error", "decoder block")
-    grid[0][1].bar(at, [100 * m["flipped"] for m in blocks], color=_ACCENT, width=0.8)
-    _plain(grid[0][1], "groups that differ from the prior (%)", "decoder block")
+    plain(grid[0][0], "held-out error", "decoder block")
+    grid[0][1].bar(at, [100 * m["flipped"] for m in blocks], color=ACCENT, width=0.8)
+    plain(grid[0][1], "groups that differ from the prior (%)", "decoder block")
     every = max(1, len(blocks) // 12)
     for axes in grid[0]:
         axes.set_xticks(list(at)[::every], names[::every])
-    return figure
+    return drawn
 
 
 def _heat(layers: Sequence[dict[str, Any]]) -> Figure:
@@ -185,14 +146,14 @@ def _heat(layers: Sequence[dict[str, Any]]) -> Figure:
     for x in layers:
         row, column = kinds.index(_kind(x["name"])), blocks.index(x["layer"] if x["layer"] is not None else -1)
         share[row, column] = 100 * x["flipped"] / max(x["groups"], 1)
-    figure, grid = _figure(9, 0.9 + 0.28 * len(kinds))
+    drawn, grid = figure(9, 0.9 + 0.28 * len(kinds))
     axes = grid[0][0]
     image = axes.imshow(share, aspect="auto", cmap="YlGn", vmin=0)
     axes.set_yticks(range(len(kinds)), kinds)
     axes.set_xticks(range(len(blocks)), blocks)
-    figure.colorbar(image, ax=axes, label="%").ax.tick_params(labelsize=8)
-    _plain(axes, x="decoder block")
-    return figure
+    drawn.colorbar(image, ax=axes, label="%").ax.tick_params(labelsize=8)
+    plain(axes, x="decoder block")
+    return drawn
 
 
 def _kind(name: str) -> str:

@@ -6,8 +6,7 @@ the packed parameters in place of the dense ones and a forward pass that multipl
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 from compress.errors import UsageError
 from compress.fallback import tell_missing
 from compress.packed import VALUE_DTYPES, PackedMatrix, check_codes, is_packed
-from compress.structure import is_conv1d, is_linear, join
+from compress.packed_moe import is_packed_moe
+from compress.runtime_experts import DispatchedExperts, PackedModule, check_packable, mix_in
 from compress_kernels import sparse24
 from compress_kernels.sparse24 import Activation, Packed24
 
@@ -35,29 +35,15 @@ def load(folder: str | Path, *, dtype: str = "auto", device: str = "auto") -> Pr
     """
     from compress.models import load_model
 
-    if not is_packed(Path(folder)):
+    if not (is_packed(Path(folder)) or is_packed_moe(Path(folder))):
         raise UsageError(
             f"{folder} is not a packed checkpoint (its config.json has no quantization_config of ours); "
-            "load it with transformers, or pack it with `compress export --format packed-24`"
+            "load it with transformers, or pack it with `compress export --format packed-24` (or packed-moe)"
         )
     return load_model(str(folder), dtype=dtype, device=device, tokenizer=False).model
 
 
-class _Packed(nn.Module):
-    """Holds packed parts as buffers, whose types say what is stored: `model.half()` and the like leave them alone."""
-
-    _parts: tuple[str, ...]  # names of the buffers
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Packed:
-        before = {name: getattr(self, name) for name in self._parts}
-        super()._apply(fn, recurse)
-        for name, part in before.items():
-            if part is not None and getattr(self, name).dtype != part.dtype:
-                setattr(self, name, part.to(getattr(self, name).device))
-        return self
-
-
-class Sparse24Linear(_Packed):
+class Sparse24Linear(PackedModule):
     """A linear layer with a packed 2:4 weight: `[..., in_features] -> [..., out_features]`, in the type of its input.
 
     Buffers: `values [out, in/2]`, `meta` uint8 `[out, ceil(in/8)]`, `scale` float32 `[out]` with int8 values (else None), `bias [out]`
@@ -101,7 +87,11 @@ class Sparse24Linear(_Packed):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        return sparse24.linear(x, Packed24(self.values, self.meta, self.scale), self.bias, self.activation)
+        parts = (
+            self._buffers
+        )  # attribute access would ask it for every name, which takes a quarter of the time of a small product
+        packed = Packed24(parts["values"], parts["meta"], parts["scale"])
+        return sparse24.linear(x, packed, parts["bias"], self.activation)
 
     def extra_repr(self) -> str:
         values = str(self.values.dtype).removeprefix("torch.")
@@ -109,62 +99,21 @@ class Sparse24Linear(_Packed):
         return f"{sizes}, values={values}, activation={self.activation}"
 
 
-class _PackedExperts(_Packed):
-    """What is mixed into a fused module of experts whose parameters are (some of them) packed.
-
-    It follows the interface of transformers' `use_experts_implementation`: `has_gate`, `has_bias`, `is_transposed`, `_apply_gate`.
-    """
+class _PackedExperts(DispatchedExperts):
+    """Experts with packed 2:4 parameters."""
 
     activation: Activation
-    num_experts: int
-    has_gate: bool
-    has_bias: bool
-    is_transposed: bool
-    act_fn: Callable[[Tensor], Tensor]
-    _apply_gate: Callable[[Tensor], Tensor]
-    post_expert_norm: Callable[[Tensor], Tensor]
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """`[tokens, hidden]`, the experts chosen for each token `[tokens, k]` and their weights `[tokens, k]` -> `[tokens, hidden]`."""
-        tokens, k = top_k_index.shape
-        expert, order = top_k_index.reshape(-1).sort(stable=True)
-        counts = torch.bincount(expert, minlength=self.num_experts).tolist()
-        rows = hidden_states[order // k]  # [tokens * k, hidden], those of one expert next to each other
-        results, start = [], 0
-        for index, count in enumerate(counts):
-            if count:
-                results.append(self._expert(index, rows[start : start + count]))
-                start += count
-        result = torch.cat(results)
-        if getattr(self, "has_post_expert_norm", False):
-            result = self.post_expert_norm(result)
-        result = result * top_k_weights.reshape(-1)[order].unsqueeze(-1)
-        back = torch.empty_like(result).index_copy_(0, order, result)  # [tokens * k, hidden], token by token again
-        return back.view(tokens, k, -1).sum(1).to(hidden_states.dtype)
-
-    def _expert(self, index: int, x: Tensor) -> Tensor:
-        """One expert on its tokens: `[n, hidden] -> [n, hidden]`."""
-        if self.has_gate:
-            return self._project("down_proj", index, self._apply_gate(self._project("gate_up_proj", index, x)))
-        return self._project("down_proj", index, self.act_fn(self._project("up_proj", index, x)))
 
     def _project(self, name: str, index: int, x: Tensor) -> Tensor:
-        bias = getattr(self, f"{name}_bias")[index] if self.has_bias else None
-        if f"{name}_values" in self._parts:
-            scale = getattr(self, f"{name}_scale")
-            packed = Packed24(
-                getattr(self, f"{name}_values")[index],
-                getattr(self, f"{name}_meta")[index],
-                None if scale is None else scale[index],
-            )
-            return sparse24.linear(x, packed, bias, self.activation)
-        weight = getattr(self, name)[index]
-        return nn.functional.linear(x, weight.T if self.is_transposed else weight, bias)
-
-
-@functools.cache
-def _packed_class(plain: Any) -> type[nn.Module]:
-    return type(f"Packed{plain.__name__}", (_PackedExperts, plain), {"__module__": __name__})
+        if f"{name}_values" not in self._parts:
+            return super()._project(name, index, x)
+        scale = getattr(self, f"{name}_scale")
+        packed = Packed24(
+            getattr(self, f"{name}_values")[index],
+            getattr(self, f"{name}_meta")[index],
+            None if scale is None else scale[index],
+        )
+        return sparse24.linear(x, packed, self._bias(name, index), self.activation)
 
 
 def install(model: nn.Module, matrices: Iterable[PackedMatrix], activation: Activation = "float") -> None:
@@ -175,7 +124,7 @@ def install(model: nn.Module, matrices: Iterable[PackedMatrix], activation: Acti
     if not torch.cuda.is_available():
         tell_missing("sparse24")
     for matrix in matrices:
-        check_packable(model, matrix)
+        check_packable(model, matrix.name, matrix.shape)
         module_name, _, parameter = matrix.name.rpartition(".")
         module = model.get_submodule(module_name)
         device = getattr(module, parameter).device
@@ -198,36 +147,8 @@ def _pack_experts(module: Any, parameter: str, matrix: PackedMatrix, device: tor
         dtype, shape = matrix.tensors.get(part, (None, None))
         names.append(f"{parameter}_{part}")
         module.register_buffer(names[-1], None if shape is None else torch.empty(shape, dtype=dtype, device=device))
-    if not isinstance(module, _PackedExperts):
-        plain: Any = type(module)
-        module.__class__ = _packed_class(plain)
-        module._parts = ()
+    mix_in(module, _PackedExperts)
     module._parts += tuple(names)
-
-
-def check_packable(model: nn.Module, matrix: PackedMatrix) -> None:
-    """Raise UsageError unless `model` has the parameter, dense and of that shape, in a module that this runtime can run packed.
-
-    These are linear layers (transformers' Conv1D among them) and fused experts behind the interface of transformers'
-    `use_experts_implementation`, whose forward pass does not depend on the model.
-    """
-    module_name, _, parameter = matrix.name.rpartition(".")
-    try:
-        module: Any = model.get_submodule(module_name)
-        weight = getattr(module, parameter)
-    except AttributeError as error:
-        raise UsageError(f"the model has no parameter {matrix.name}, which its config.json lists as packed") from error
-    if tuple(weight.shape) != matrix.shape:
-        raise UsageError(f"{matrix.name} is {list(weight.shape)} in the model, but {list(matrix.shape)} where it is packed")
-    if len(matrix.shape) == 2:
-        runs = parameter == "weight" and (is_linear(module) or is_conv1d(module))
-    else:
-        runs = all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate", "num_experts"))
-    if not runs:
-        raise UsageError(
-            f"{matrix.name} lies in a {type(module).__name__}, whose forward pass cannot be run on packed weights; export with "
-            f"--format dense, or pack a checkpoint that is sparse already with --exclude '{join(module_name, '*')}'"
-        )
 
 
 def check_loaded(model: nn.Module, matrices: Iterable[PackedMatrix], where: str) -> None:

@@ -152,7 +152,7 @@ def _pass(
             stack.enter_context(_hook(module.register_forward_pre_hook(before, with_kwargs=True)))
             stack.enter_context(_hook(module.register_forward_hook(after, with_kwargs=True)))
             if skip:
-                stack.enter_context(_skipped(module))
+                stack.enter_context(skipped(module))
         with suppress(_Stop):
             model(**{key: value.to(device) for key, value in inputs.items()}, use_cache=False)
     in_order = [call.module for call in calls] == [block.module for block in blocks]
@@ -172,7 +172,7 @@ def _hook(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
 
 
 @contextmanager
-def _skipped(module: nn.Module) -> Iterator[None]:
+def skipped(module: nn.Module) -> Iterator[None]:
     """Let the module return its hidden states unchanged."""
     own = vars(module).get("forward")  # set on the instance by those who wrap a forward, as accelerate does
 
@@ -180,6 +180,7 @@ def _skipped(module: nn.Module) -> Iterator[None]:
     def forward(*args: Any, **kwargs: Any) -> Tensor:
         return args[0] if args else kwargs["hidden_states"]
 
+    forward.skips = True  # type: ignore[attr-defined]  # whoever would load the module's weights for this call need not
     module.__dict__["forward"] = forward
     try:
         yield

@@ -29,7 +29,7 @@ from compress.structure import (
     text_config,
 )
 
-__all__ = ["Block", "ParameterRef", "WeightRef", "by_parameter", "decoder_blocks", "find_weights"]
+__all__ = ["Block", "ParameterRef", "WeightRef", "by_parameter", "decoder_blocks", "expert_roles", "find_weights"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,16 +255,19 @@ def _fused(model: nn.Module, group: ExpertGroup, parameter_name: str, layer: int
         )
     dim = -2 if transposed else -1
     out = shape[1] if dim == -1 else shape[2]
-    halves: dict[str, slice] = {parameter_name: slice(None)}
-    if parameter_name == "gate_up_proj":
-        if getattr(module, "is_concatenated", True):
-            halves = {"gate_proj": slice(0, out // 2), "up_proj": slice(out // 2, None)}
-        else:
-            halves = {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
     for expert in range(group.count):
-        for role, rows in halves.items():
+        for role, rows in expert_roles(module, parameter_name, out).items():
             name = f"{group.name}.{expert}.{role}"
             yield _Candidate(WeightRef(name, module, group.name, parameter_name, expert, role, dim, layer, rows), True, problem)
+
+
+def expert_roles(module: nn.Module, parameter_name: str, out: int) -> dict[str, slice]:
+    """Which of the `out` rows of an expert's slice belong to which of its matrices, by role: gate and up lie in one parameter."""
+    if parameter_name != "gate_up_proj":
+        return {parameter_name: slice(None)}
+    if getattr(module, "is_concatenated", True):
+        return {"gate_proj": slice(0, out // 2), "up_proj": slice(out // 2, None)}
+    return {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
 
 
 def _is_transposed(model: nn.Module, module: nn.Module) -> bool | None:

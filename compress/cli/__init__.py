@@ -9,7 +9,21 @@ from typing import Annotated
 import typer
 
 from compress import __version__
-from compress.cli import allocate_bits, bench, doctor, export, generate, inspect, learn_mask, masks, prune, recipes, verify
+from compress.cli import (
+    allocate_bits,
+    bench,
+    doctor,
+    export,
+    generate,
+    inspect,
+    learn_mask,
+    learn_routing,
+    masks,
+    prune,
+    quantize,
+    recipes,
+    verify,
+)
 from compress.cli import eval as eval_
 from compress.errors import CompressError
 
@@ -24,8 +38,12 @@ app = typer.Typer(
     epilog="Start with `compress recipes ls`, then `compress learn-mask quickstart`. Every command has examples under `--help`.",
 )
 app.command("learn-mask")(learn_mask.learn_mask)
+app.command("learn-routing")(learn_routing.learn_routing)
 app.command("prune")(prune.prune)
+app.command("profile-experts")(quantize.profile_experts)
 app.command("allocate-bits")(allocate_bits.allocate_bits)
+app.command("quantize")(quantize.quantize)
+app.command("run")(quantize.run)
 app.command("export")(export.export)
 app.command("generate")(generate.generate)
 app.command("eval")(eval_.evaluate)

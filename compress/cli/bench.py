@@ -28,13 +28,14 @@ def bench(
         int | None, typer.Option("--repeats", min=1, help="Turns; 25 for layers, 3 for models by default.")
     ] = None,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Threads; all cores by default.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print rows as JSON.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Time packed 2:4 layers against dense ones, or whole models against each other, on this machine.
 
     Without models: single layers, weights rotated through memory so that caches do not hold them, each as torch computes it and as
     the packed kernels do; the share is of what reading memory alone reaches in the same run. With models: tokens a second
-    of prompt (prefill) and of generation (decode). Leave the machine alone meanwhile.
+    of prompt (prefill) and of generation (decode). Where there is a GPU, what was found fastest there for each shape and number of
+    tokens is shown too. Leave the machine alone meanwhile.
 
     **Examples**
 
@@ -42,8 +43,11 @@ def bench(
     - `compress bench --shapes 1536x576 --batches 1,4 --threads 1`
     - `compress bench my-sparse-model my-packed-model --dtype bfloat16 --dtype float32`
     """
-    from compress.errors import UsageError
+    from compress import bench_gpu
+    from compress.console import log
+    from compress.errors import CompressError, UsageError
 
+    gpu_reason = bench_gpu.unavailable()
     count = threads or os.cpu_count() or 1
     if models:
         from compress.bench_model import model_timings
@@ -62,11 +66,23 @@ def bench(
             raise UsageError(
                 f"--shapes {shapes} --batches {batches}: write shapes as 4096x4096,11008x4096 and batches as 1,4,16"
             ) from error
-        timings = list(sparse24_timings(wanted, tokens, threads=count, repetitions=repeats or 25))
+        try:
+            timings = list(sparse24_timings(wanted, tokens, threads=count, repetitions=repeats or 25))
+        except CompressError as error:
+            if gpu_reason or isinstance(error, UsageError):
+                raise
+            log.print(f"CPU: {error}", markup=False)
+            timings = []
+        if not gpu_reason:
+            bench_gpu.probe(wanted, tokens)
+    chosen = bench_gpu.choices()
     if json_:
-        typer.echo(json.dumps([dataclasses.asdict(row) for row in timings]))
+        gpu = {"reason": gpu_reason, "choices": [dataclasses.asdict(choice) for choice in chosen]}
+        typer.echo(json.dumps({"timings": [dataclasses.asdict(row) for row in timings], "gpu": gpu}))
         return
-    _print_models(timings) if models else _print_layers(timings)
+    if timings:
+        _print_models(timings) if models else _print_layers(timings)
+    _print_choices(chosen, gpu_reason)
 
 
 def _print_layers(timings: list[Any]) -> None:
@@ -115,4 +131,19 @@ def _print_models(timings: list[Any]) -> None:
             f"{row.speedup_prefill:.2f}",
             f"{row.speedup_decode:.2f}",
         )
+    stdout().print(table)
+
+
+def _print_choices(chosen: list[Any], reason: str) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from compress.cli.tables import stdout
+
+    if not chosen:
+        stdout().print(f"2:4 on a GPU: nothing chosen: {reason or 'no packed product ran there'}", markup=False)
+        return
+    table = Table("2:4 on the GPU", "chosen; the others, µs")
+    for choice in chosen:
+        table.add_row(escape(choice.case), escape(str(choice)))
     stdout().print(table)

@@ -8,17 +8,23 @@ from typing import Annotated, Any
 import typer
 
 
-def doctor(json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+def doctor(
+    probe: Annotated[bool, typer.Option(help="Where there is a GPU, time 2:4 products of 4096 x 4096 on it.")] = True,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
     """Show what this machine has and which kernels run on it.
+
+    On a GPU the fastest implementation of the 2:4 product depends on the card and the shape, so some are timed: a minute or so the first
+    time, when Triton compiles.
 
     **Examples**
 
     - `compress doctor`
-    - `compress doctor --json`
+    - `compress doctor --no-probe --json`
     """
     from compress.doctor import examine
 
-    facts = examine()
+    facts = examine(probe)
     if json_:
         typer.echo(json.dumps(facts))
         return
@@ -71,6 +77,10 @@ def _gpu(facts: dict[str, Any]) -> list[tuple[str, str]]:
     rows = rows or [("GPU", f"none that torch sees (this torch is built for {built})")]
     rows.append(("cuSPARSELt", str(gpu["cusparselt"] or "not available: torch has no 2:4 products on the GPU")))
     rows.append(("Triton", gpu["triton"] or "not installed: no Triton kernels"))
+    chosen = facts["gpu_choices"]
+    rows += [(f"2:4, {choice['case']}", choice["summary"]) for choice in chosen["choices"]]
+    if chosen["reason"]:
+        rows.append(("2:4 on the GPU", f"nothing chosen: {chosen['reason']}"))
     return rows
 
 

@@ -20,16 +20,18 @@ def export(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="SOURCE", help="Run directory of learn-mask, a mask file, or a model (hub name, folder, .gguf, asset:NAME)."
+            metavar="SOURCE",
+            help="Run directory of learn-mask, learn-routing or quantize, a mask file, or a model (hub name, folder, .gguf, asset:NAME).",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; for --format mask a .safetensors or .npz file.")],
     format_: Annotated[
-        Literal["dense", "packed-24", "torchao-fp8-24", "mask"],
+        Literal["dense", "packed-24", "torchao-fp8-24", "mask", "packed-moe", "compressed-tensors"],
         typer.Option(
             "--format",
             help="dense: a checkpoint with exact zeros, which loads anywhere. packed-24: two of four weights stored, for this tool's "
-            "kernels. torchao-fp8-24: dense, with what vLLM needs to pack it on a Hopper GPU. mask: the mask alone.",
+            "kernels. torchao-fp8-24: dense, with what vLLM needs to pack it on a Hopper GPU. mask: the mask alone. Of a quantised model, "
+            "packed-moe: every matrix at its own width, for this tool. compressed-tensors: one width for all experts of a layer, for vLLM.",
         ),
     ] = "dense",
     model: Annotated[
@@ -60,11 +62,18 @@ def export(
         list[str] | None,
         typer.Option("--exclude", help="packed-24 without a mask: glob of matrices to leave dense; may be repeated."),
     ] = None,
+    promote: Annotated[
+        bool,
+        typer.Option(
+            "--promote", help="compressed-tensors: write mixed experts at the width of the layer's widest, values unchanged."
+        ),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out, when it is an earlier export.")] = False,
 ) -> None:
-    """Export a masked model as a checkpoint, dense or packed, or the mask as a file.
+    """Export a masked or quantised model as a checkpoint, dense or packed, or the mask as a file.
 
-    Every export is read back and compared bit for bit with mask times original before it gets its name.
+    Every export is read back and compared bit for bit with what it should be (mask times original, or the quantised values) before it
+    gets its name. A run of learn-routing becomes a copy of its model with the routing beside it.
 
     **Examples**
 
@@ -73,9 +82,27 @@ def export(
     - `compress export runs/quickstart --format packed-24 --out tiny-24-packed`
     - `compress export my-sparse-model --format packed-24 --values int8 --out my-packed-model`
     - `compress export runs/quickstart --format mask --out mask_compressed.npz`
+    - `compress export runs/tiny-moe-routing --out tiny-moe-routed`
+    - `compress export runs/tiny-moe --format packed-moe --out tiny-moe-packed`
+    - `compress export runs/tiny-moe --format compressed-tensors --promote --out tiny-moe-vllm`
     """
+    run = Path(source).expanduser()
+    if (run / "routing.json").is_file() and not (run / "config.json").exists():
+        if format_ != "dense" or mask is not None:
+            raise UsageError(f"{source} is a run of learn-routing, which has no mask; --format and --mask do not go with it")
+        _routing(run, out, model, overwrite)
+        return
     if format_ != "packed-24" and (values != "auto" or activations != "float" or include or exclude):
         raise UsageError("--values, --activations, --include and --exclude go with --format packed-24")
+    if format_ == "packed-moe" or format_ == "compressed-tensors":
+        if mask is not None:
+            raise UsageError(f"--mask does not go with --format {format_}: a quantised matrix holds its own zeros")
+        _quantized(run, out, format_, model, promote, overwrite)
+        return
+    if promote:
+        raise UsageError("--promote goes with --format compressed-tensors")
+    if (run / "quantized").is_dir() and not (run / "config.json").exists():
+        raise UsageError(f"{source} is a run of quantize; give --format packed-moe or --format compressed-tensors")
     job = _job(source, model, mask)
     if format_ == "packed-24":
         _packed(job, out, values, activations, include or [], exclude or [], overwrite)
@@ -115,6 +142,39 @@ def export(
     _say(out, reports)
     if torchao:
         typer.echo(f"to serve (not verified on a GPU yet): {torchao24.serve_line(str(out.resolve()))}")
+
+
+def _routing(run: Path, out: Path, model: str | None, overwrite: bool) -> None:
+    from compress.export.routing import export_routing
+
+    description = export_routing(run, out, model=model, overwrite=overwrite)
+    typer.echo(f"wrote {out}")
+    typer.echo(f"routing by {description['method']}, {len(description['mixtures'])} mixtures")
+
+
+def _quantized(
+    run: Path, out: Path, format_: Literal["packed-moe", "compressed-tensors"], model: str | None, promote: bool, overwrite: bool
+) -> None:
+    from compress import console
+    from compress.export.quantized import export_quantized
+
+    with console.task("packing", 1) as bar:
+        result = export_quantized(
+            run,
+            out,
+            format_,
+            model=model,
+            promote=promote,
+            overwrite=overwrite,
+            progress=lambda done, total, note: bar.update(done, note, total),
+        )
+    _say(out, result.reports)
+    sizes = result.sizes
+    typer.echo(
+        f"{sum(count for count, _ in sizes.widths.values()):,} quantised matrices: {sizes.code_bits / sizes.weights:.2f} bits a weight in codes, "
+        f"{8 * sizes.nbytes / sizes.weights:.2f} with scales and zeros; whole checkpoint {sizes.whole_nbytes:,} bytes, "
+        f"{8 * sizes.whole_nbytes / sizes.whole_weights:.2f} bits a weight"
+    )
 
 
 @dataclass

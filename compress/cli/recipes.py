@@ -82,10 +82,10 @@ def validate(
 
 
 def schema() -> None:
-    """Print the JSON Schema of recipes, for editors that complete and check YAML.
+    """Print the JSON Schema of recipes of all kinds, for editors that complete and check YAML.
 
     **Example**: `compress schema > recipe.schema.json`
     """
-    from compress.recipe import LearnMaskRecipe
+    from compress.recipe_file import recipe_schema
 
-    typer.echo(json.dumps(LearnMaskRecipe.model_json_schema(), indent=2))
+    typer.echo(json.dumps(recipe_schema(), indent=2))

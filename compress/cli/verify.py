@@ -35,8 +35,10 @@ def verify(
     """
     from compress.checkpoint import read_header
     from compress.packed import is_packed
+    from compress.packed_moe import is_packed_moe
     from compress.verify import verify_against, verify_checkpoint, verify_masks
     from compress.verify_packed import verify_packed, verify_packed_against
+    from compress.verify_packed_moe import verify_packed_moe
     from maskllm.patterns import Pattern
     from maskllm.storage import FORMAT, load_masks
 
@@ -50,6 +52,10 @@ def verify(
         if mask or original:
             raise UsageError(f"{path} is a mask file itself; --mask and --original go with a checkpoint folder")
         reports = [verify_masks(load_masks(path))]
+    elif path.is_dir() and is_packed_moe(path):
+        if mask or pattern:
+            raise UsageError(f"{path} is quantised; --pattern, --mask and --original go with sparse checkpoints")
+        reports = [verify_packed_moe(path, include=include or ["*"], exclude=exclude or [])]
     else:
         masks = load_masks(mask) if mask else None
         packed = path.is_dir() and is_packed(path)
@@ -71,7 +77,8 @@ def verify(
         report.raise_if_bad()
         if not json_:
             groups = sum(row.groups for row in report.rows)
-            typer.echo(f"verified: {report.claim} ({len(report.rows)} tensors, {groups:,} groups)")
+            counted = f", {groups:,} groups" if groups else ""
+            typer.echo(f"verified: {report.claim} ({len(report.rows)} tensors{counted})")
 
 
 def _summary(report: object) -> dict[str, object]:

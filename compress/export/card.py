@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,14 @@ _LOADS_PACKED = """| software | loads | faster for the sparsity |
 | transformers after `import compress.hf`, and what loads through it (lm-eval) | yes | as above |
 | transformers without that import | no: it warns of an unknown quantization type and leaves the packed weights at random values | no |
 | vLLM, SGLang, TensorRT-LLM, llama.cpp | no; export with `--format dense` for them | no |
+"""
+
+LOADS_PACKED_MOE = """| software | loads | smaller in memory |
+| --- | --- | --- |
+| this tool: `compress generate`, `compress eval`, `compress.load` | yes | yes: a matrix is dequantised when a token needs it |
+| transformers after `import compress.hf`, and what loads through it (lm-eval) | yes | as above |
+| transformers without that import | no: it warns of an unknown quantization type and leaves the packed weights at random values | no |
+| vLLM, SGLang, TensorRT-LLM, llama.cpp | no; export with `--format compressed-tensors` for vLLM | no |
 """
 
 
@@ -92,6 +101,59 @@ def write_packed_card(
     _write(folder, source.name, source.on_hub, title, what, _LOADS_PACKED, recipe_text, metrics)
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Of what was quantised, and of the whole export: numbers of weights and of bytes as written."""
+
+    code_bits: int  # of all codes, without padding, scales and zeros
+    weights: int
+    nbytes: int
+    whole_weights: int
+    whole_nbytes: int
+    widths: Mapping[int, tuple[int, int]]  # bits -> number of matrices, of weights
+
+    def table(self) -> str:
+        """The sizes as two tables in Markdown."""
+        rest, rest_nbytes = self.whole_weights - self.weights, self.whole_nbytes - self.nbytes
+        lines = ["| bits | matrices | weights |", "| ---: | ---: | ---: |"]
+        lines += [f"| {bits} | {count:,} | {weights:,} |" for bits, (count, weights) in sorted(self.widths.items())]
+        lines += ["", "| | weights | bytes | bits a weight |", "| --- | ---: | ---: | ---: |"]
+        for what, weights, nbytes in (
+            ("codes alone", self.weights, self.code_bits / 8),
+            ("with scales, zeros and padding", self.weights, self.nbytes),
+            ("all that is not quantised", rest, rest_nbytes),
+            ("everything", self.whole_weights, self.whole_nbytes),
+        ):
+            lines.append(f"| {what} | {weights:,} | {nbytes:,.0f} | {8 * nbytes / max(weights, 1):.3f} |")
+        return "\n".join(lines) + "\n"
+
+
+def write_lowbit_card(
+    folder: Path,
+    source: MatrixSource,
+    sizes: Sizes,
+    format_name: str,
+    loads: str,
+    *,
+    note: str = "",
+    recipe_text: str | None,
+    metrics: list[dict[str, Any]] | None,
+) -> None:
+    """Write the card of a quantised export: loads: the table of software that loads it; note: a further sentence."""
+    average = sizes.code_bits / sizes.weights
+    count = sum(matrices for matrices, _ in sizes.widths.values())
+    what = (
+        f"{count:,} matrices are quantised, to {average:.2f} bits a weight on average (codes alone; with scales and zeros "
+        f"{8 * sizes.nbytes / sizes.weights:.2f}).{note}"
+    )
+    title = f"{Path(source.name).name.removeprefix('asset:')}, {average:.2f} bits, {format_name}"
+    tags = "quantized, mixed-precision"
+    sections = f"## Size\n\n{sizes.table()}"
+    _write(
+        folder, source.name, source.on_hub, title, what, loads, recipe_text, metrics, tags=tags, sections=sections, masked=False
+    )
+
+
 def _write(
     folder: Path,
     source: str,
@@ -101,10 +163,14 @@ def _write(
     loads: str,
     recipe_text: str | None,
     metrics: list[dict[str, Any]] | None,
+    *,
+    tags: str = "sparse, pruned, n-m-sparsity, maskllm",
+    sections: str = "",
+    masked: bool = True,
 ) -> None:
     base = f"base_model: {source}\n" if on_hub else ""
     lines = [
-        f"---\n{base}library_name: transformers\ntags: [sparse, pruned, n-m-sparsity, maskllm]\n---\n",
+        f"---\n{base}library_name: transformers\ntags: [{tags}]\n---\n",
         f"# {title}\n",
         f"{what} Made by maskllm-compress {__version__} from `{source}`.\n",
     ]
@@ -114,8 +180,11 @@ def _write(
         lines.append("## Perplexity\n\n| method | " + " | ".join(names) + " |\n| --- |" + " ---: |" * len(names))
         lines += [f"| {row['method']} | " + " | ".join(f"{row['perplexities'][n]:.2f}" for n in names) + " |" for row in rows]
         lines.append("")
-    lines.append("## Loads in, is faster in\n\n" + loads)
+    if sections:
+        lines.append(sections)
+    lines.append(f"## {'Loads in, is faster in' if masked else 'Loads in'}\n\n" + loads)
     if recipe_text:
         lines.append(f"## Recipe\n\n```yaml\n{recipe_text}```\n")
-    lines.append("The method of learned masks (MaskLLM) is subject to a patent application, US-2025/0335769-A1.\n")
+    if masked:
+        lines.append("The method of learned masks (MaskLLM) is subject to a patent application, US-2025/0335769-A1.\n")
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")

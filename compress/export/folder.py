@@ -1,16 +1,17 @@
-"""An output folder that appears under its name only when it is complete."""
+"""An output folder that appears under its name only when it is complete, and the shards in it."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from compress.checkpoint import SIDECAR_NAME
+from compress.checkpoint import INDEX_NAME, SIDECAR_NAME
 from compress.errors import UsageError
-from maskllm.safefile import sync_folder
+from maskllm.safefile import Entry, sync_folder, write_safetensors
 
 
 @contextmanager
@@ -49,3 +50,16 @@ def output_folder(out: Path, *, overwrite: bool, source: Path | None) -> Iterato
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(previous, ignore_errors=True)
+
+
+def write_shards(folder: Path, shards: Sequence[Sequence[Entry]]) -> None:
+    """Write the tensors of a checkpoint, one in memory at a time, and the index of the shards when they are several."""
+    places: dict[str, str] = {}
+    for number, entries in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(folder / file, entries, {"format": "pt"})
+        places.update({entry.name: file for entry in entries})
+    if len(shards) > 1:
+        total = sum(entry.nbytes for entries in shards for entry in entries)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

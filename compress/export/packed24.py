@@ -17,19 +17,19 @@ import torch
 from torch import Tensor
 
 from compress import __version__
-from compress.checkpoint import INDEX_NAME, SIDECAR_NAME, read_json
+from compress.checkpoint import SIDECAR_NAME, read_json
 from compress.errors import UsageError
 from compress.export.card import write_packed_card
-from compress.export.folder import output_folder
+from compress.export.folder import output_folder, write_shards
 from compress.export.source import MatrixSource
 from compress.packed import QUANT_METHOD, VALUE_DTYPES, PackedCheckpoint, PackedMatrix, experts_of, to_config
-from compress.runtime import check_packable
+from compress.runtime_experts import check_packable
 from compress.verify import Report, compare, masked, nonzeros
 from compress.verify_packed import compare_packed
 from compress.weights import by_parameter, find_weights
 from compress_kernels.sparse24 import pack
 from maskllm.patterns import Pattern
-from maskllm.safefile import Entry, write_safetensors
+from maskllm.safefile import Entry
 from maskllm.storage import MaskFile, mask_digest
 
 P24 = Pattern(2, 4)
@@ -85,7 +85,7 @@ def export_packed(
             raise UsageError(
                 f"{name}: its contracted dimension is {matrix.matrix_shape[-1]}, which 4 does not divide; exclude it"
             )
-        check_packable(source.model, matrix)
+        check_packable(source.model, matrix.name, matrix.shape)
         matrices.append(matrix)
     with output_folder(out, overwrite=overwrite, source=source.folder) as folder:
         packer = _Packer(source, masks, progress)
@@ -196,15 +196,7 @@ def _write(source: MatrixSource, packer: _Packer, matrices: list[PackedMatrix], 
         for matrix in matrices
     }
     shards = source.shards(packed)
-    places: dict[str, str] = {}
-    for number, entries in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(folder / file, entries, {"format": "pt"})
-        places.update({entry.name: file for entry in entries})
-    if len(shards) > 1:
-        total = sum(entry.nbytes for entries in shards for entry in entries)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_shards(folder, shards)
     ours = {entry.name for _, entries in packed.values() for entry in entries}
     return [entry for entries in shards for entry in entries if entry.name not in ours]
 

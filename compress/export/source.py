@@ -67,7 +67,7 @@ def open_source(name: str, *, revision: str | None = None, trust_remote_code: bo
     or that is quantised already.
     """
     place = resolve_source(name)
-    folder = _download(name, revision) if place.folder is None else place.folder
+    folder = download(name, revision) if place.folder is None else place.folder
     if place.gguf_file is None:
         if (folder / "config.json").is_file() and "quantization_config" in read_json(folder / "config.json"):
             raise UsageError(
@@ -80,7 +80,8 @@ def open_source(name: str, *, revision: str | None = None, trust_remote_code: bo
     return ModelSource(load_model(name, revision=revision, trust_remote_code=trust_remote_code, tokenizer=words))
 
 
-def _download(name: str, revision: str | None) -> Path:
+def download(name: str, revision: str | None) -> Path:
+    """The local copy of a checkpoint on the hub. Raises UsageError when the hub does not give it."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

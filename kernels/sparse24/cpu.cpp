@@ -90,8 +90,10 @@ SPARSE24_INLINE void load_values(Type type, const uint8_t* values, int64_t count
 void column_rows(const Plan& p, const Matrix& m, int64_t from, int64_t to, uint8_t* work) {
     const Call& c = p.call;
     const int64_t size = type_size(c.value_type), value_pitch = c.columns / 2 * size, meta_pitch = (c.columns + 7) / 8;
-    float* values = reinterpret_cast<float*>(work);                   // [kRows, kColumns / 2]
-    float* sums = values + columns::kRows * columns::kColumns / 2;  // blocks of tokens, each [kRows, width]
+    constexpr int64_t kKept = columns::kColumns / 2;
+    float* values = reinterpret_cast<float*>(work);                                    // [kRows, kKept]
+    uint32_t* places = reinterpret_cast<uint32_t*>(values + columns::kRows * kKept);  // [kRows, kKept]
+    float* sums = values + 2 * columns::kRows * kKept;                                 // blocks of tokens, each [kRows, width]
     for (int64_t chunk = from; chunk < to; chunk += columns::kRows) {
         const int64_t rows = to - chunk < columns::kRows ? to - chunk : columns::kRows;
         memset(sums, 0, size_t(columns::kRows * round_up(c.batch, 16)) * sizeof(float));
@@ -99,14 +101,17 @@ void column_rows(const Plan& p, const Matrix& m, int64_t from, int64_t to, uint8
             const int64_t count = c.columns - column < columns::kColumns ? c.columns - column : columns::kColumns;
             for (int64_t r = 0; r < rows; ++r) {
                 const uint8_t* row = m.values + (chunk + r) * value_pitch + column / 2 * size;
-                __builtin_prefetch(row + 2 * columns::kColumns * size);
-                load_values(c.value_type, row, count / 2, values + r * (count / 2));
+                const uint8_t* meta = m.meta + (chunk + r) * meta_pitch + column / 8;
+                // What the row has in the next columns, as no processor follows so many streams by itself.
+                for (int64_t i = 0; i < kKept * size; i += 64) __builtin_prefetch(row + kKept * size + i, 0, 2);
+                __builtin_prefetch(meta + 64, 0, 2);
+                load_values(c.value_type, row, count / 2, values + r * kKept);
+                columns::load_places(meta, count, places + r * kKept);
             }
             for (int64_t t = 0; t < c.batch; t += columns::kTokens) {
                 const int64_t width = columns::width_of(c.batch - t);
                 const float* x = reinterpret_cast<const float*>(p.x) + t * c.columns + column * width;
-                const uint8_t* meta = m.meta + chunk * meta_pitch + column / 8;
-                p.by_columns[width / 16 - 1](values, meta, meta_pitch, rows, count, x, sums + t * columns::kRows);
+                p.by_columns[width / 16 - 1](values, places, rows, count / 2, x, sums + t * columns::kRows);
             }
         }
         for (int64_t t = 0; t < c.batch; ++t) {
@@ -183,7 +188,7 @@ void run_share(const Plan& p, int64_t thread, int64_t threads, uint8_t* work) {
 int64_t Plan::work_bytes() const {
     const int64_t to_prepare = round_up(4 * call.columns, 64) + 16 * call.columns;
     int64_t to_run = kChunkRows * call.batch * int64_t(sizeof(double));
-    if (form == Form::COLUMNS) to_run = columns::kRows * (columns::kColumns / 2 + round_up(call.batch, 16)) * int64_t(sizeof(float));
+    if (form == Form::COLUMNS) to_run = columns::kRows * (columns::kColumns + round_up(call.batch, 16)) * int64_t(sizeof(float));
     IF_X86(if (tiles()) to_run = amx::kScratchBytes;)
     return to_prepare > to_run ? to_prepare : to_run;
 }

@@ -55,7 +55,28 @@ def linear(
 
     Raises ValueError for shapes, dtypes or devices that do not fit, MemoryError when there is none for the activations.
     """
-    return linear_many(x, ((values, meta, scale),), (bias,), activation, out_dtype)[0]
+    dtype, columns, count = x.dtype, x.shape[-1], len(values)
+    # Between two products of a model the weights have driven everything else out of the caches: each line here then costs microseconds.
+    plain = (
+        bias is None
+        and columns
+        and _fits(x, values, meta, scale, values.dtype, activation)
+        and (
+            scale is None or (scale.shape == (count,) and scale.dtype is torch.float32 and scale.is_cpu and scale.is_contiguous())
+        )
+        and x.is_contiguous()
+        and values.is_contiguous()
+        and meta.is_contiguous()
+    )
+    if not plain:
+        return linear_many(x, ((values, meta, scale),), (bias,), activation, out_dtype)[0]
+    out_dtype = out_dtype or dtype
+    out = torch.empty((*x.shape[:-1], count), dtype=out_dtype)
+    address = 0 if scale is None else scale.data_ptr()
+    described = values.data_ptr(), meta.data_ptr(), address, 0, out.data_ptr(), count, -1
+    pitch = columns * x.element_size()
+    _call(x, pitch, x.numel() // columns, columns, values.dtype, out_dtype, _ACTIVATION[activation], described)
+    return out
 
 
 def linear_many(
@@ -70,28 +91,15 @@ def linear_many(
     The matrices share K and the dtype of their values. Raises ValueError otherwise.
     """
     out_dtype = out_dtype or x.dtype
-    lead, columns = x.shape[:-1], x.shape[-1]
+    lead = x.shape[:-1]
     rows = _rows(x)
     value_type = matrices[0][0].dtype
     held: list[Tensor] = []  # copies must live until the call returns
     outputs = []
     described: list[int] = []
     for (values, meta, scale), bias in zip(matrices, biases, strict=True):
-        count, half = values.shape
-        fits = (
-            2 * half == columns
-            and columns % 4 == 0
-            and meta.shape == (count, (columns + 7) // 8)
-            and meta.dtype is torch.uint8
-            and values.dtype is value_type
-            and (value_type is torch.int8 or activation == "float")
-            and (scale is None) == (value_type is not torch.int8)
-            and x.dtype in _FLOATING
-            and x.is_cpu
-            and values.is_cpu
-            and meta.is_cpu
-        )
-        if not fits or scale is not None or bias is not None:
+        count = len(values)
+        if scale is not None or bias is not None or not _fits(x, values, meta, scale, value_type, activation):
             _check(x, values, meta, scale, bias, activation, value_type)
         if not (values.is_contiguous() and meta.is_contiguous()):
             values, meta = values.contiguous(), meta.contiguous()
@@ -113,6 +121,25 @@ def linear_many(
         )
     _run(rows, value_type, out_dtype, _ACTIVATION[activation], described)
     return outputs
+
+
+def _fits(x: Tensor, values: Tensor, meta: Tensor, scale: Tensor | None, value_type: torch.dtype, activation: Activation) -> bool:
+    """Whether x and a matrix are of the kinds and shapes of a product, as far as `_check` asks without scale and bias."""
+    count, half = values.shape
+    columns = x.shape[-1]
+    return (
+        2 * half == columns
+        and columns % 4 == 0
+        and meta.shape == (count, (columns + 7) // 8)
+        and meta.dtype is torch.uint8
+        and values.dtype is value_type
+        and (activation == "float" or (activation == "int8" and value_type is torch.int8))
+        and (scale is None) == (value_type is not torch.int8)
+        and x.dtype in _FLOATING
+        and x.is_cpu
+        and values.is_cpu
+        and meta.is_cpu
+    )
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -157,23 +184,34 @@ def _library() -> ctypes.CDLL:
     return _LIBRARY
 
 
-def _run(x: Tensor, value_type: torch.dtype, out_dtype: torch.dtype, activation: int, described: list[int]) -> None:
-    """Call the kernel for x `[B, K]` and the matrices described, `_WORDS` words each."""
-    count = len(described) // _WORDS
+def _run(x: Tensor, value_type: torch.dtype, out_dtype: torch.dtype, activation: int, described: Sequence[int]) -> None:
+    """`_call` for x `[B, K]` with contiguous rows."""
     batch, columns = x.shape
-    pitch = x.stride()[0] * x.element_size()
-    kind = _TYPE[x.dtype]
-    threads = torch.get_num_threads()
+    _call(x, x.stride()[0] * x.element_size(), batch, columns, value_type, out_dtype, activation, described)
+
+
+def _call(
+    x: Tensor,
+    pitch: int,
+    batch: int,
+    columns: int,
+    value_type: torch.dtype,
+    out_dtype: torch.dtype,
+    activation: int,
+    described: Sequence[int],
+) -> None:
+    """Call the kernel for the `batch` rows of x, `pitch` bytes apart, and the matrices described, `_WORDS` words each."""
+    count = len(described) // _WORDS
     words = (
         x.data_ptr(),
         pitch,
-        kind,
+        _TYPE[x.dtype],
         batch,
         columns,
         _TYPE[value_type],
         _TYPE[out_dtype],
         activation,
-        threads,
+        torch.get_num_threads(),
         count,
         *described,
     )

@@ -39,7 +39,9 @@ void transpose_tokens(const Call& c, int64_t first, int64_t last, float* out) {
         memset(out + from * width, 0, size_t(count * width) * sizeof(float));
         for (int64_t t = first; t < last; ++t) {
             float piece[16];
-            convert_token(c.x_type, c.x + t * c.x_pitch + from * type_size(c.x_type), count, piece);
+            const uint8_t* x = c.x + t * c.x_pitch + from * type_size(c.x_type);
+            __builtin_prefetch(x + 256, 0, 3);
+            convert_token(c.x_type, x, count, piece);
             for (int64_t i = 0; i < count; ++i) out[(from + i) * width + t - first] = piece[i];
         }
     }

@@ -47,8 +47,9 @@ def test_packed_and_dense_take_turns_on_the_same_tokens(packed):
 
 def test_the_command(packed):
     arguments = ["bench", packed, "--prompt-tokens", "4", "--new-tokens", "2", "--repeats", "1", "--threads", "1"]
-    rows = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
-    assert rows[0]["model"] == packed
+    found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+    assert found["timings"][0]["model"] == packed
+    assert bool(found["gpu"]["reason"]) == (not torch.cuda.is_available())
     assert "decode tokens/s" in CliRunner().invoke(app, arguments).stdout
 
 

@@ -51,6 +51,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 COMMANDS = [
     "learn-mask",
+    "learn-routing",
     "prune",
     "export",
     "generate",

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import compress
 from compress.errors import CompressError, UsageError
 from compress.packed import PackedMatrix
-from compress.runtime import Sparse24Linear, install
+from compress.runtime import Sparse24Linear, _PackedExperts, install
 from compress_kernels.sparse24 import pack, unpack
 
 UP = "model.layers.1.mlp.up_proj."
@@ -141,6 +141,72 @@ def test_a_part_of_the_experts_can_be_packed(tmp_path: Path) -> None:
     tokens = tiny_configs.tokens()
     with torch.no_grad():
         torch.testing.assert_close(model(tokens).logits, dense(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def packed_experts(architecture: str, folder: Path) -> Any:
+    """The first module of experts of a tiny model, packed."""
+    make_case(folder, architecture).pack(folder / "packed")
+    model = compress.load(folder / "packed", device="cpu")
+    return next(module for module in model.modules() if isinstance(module, _PackedExperts))
+
+
+def routed(experts: Any, tokens: int = 9, k: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    """Random tokens, `k` distinct experts for each, and weights."""
+    generator = torch.Generator().manual_seed(2)
+    hidden = experts.gate_up_proj_values.shape[-1] * 2
+    index = torch.rand(tokens, experts.num_experts, generator=generator).argsort(1)[:, :k]
+    return torch.randn(tokens, hidden, generator=generator), index, torch.rand(tokens, k, generator=generator)
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "olmoe", "gpt_oss"])
+def test_dropped_slots_cost_nothing_and_add_nothing(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = packed_experts(architecture, tmp_path)
+    x, index, weights = routed(experts)
+    rows: list[int] = []
+    real = _PackedExperts._expert
+    monkeypatch.setattr(_PackedExperts, "_expert", lambda self, i, x: (rows.append(len(x)), real(self, i, x))[1])
+    dropped = torch.rand(index.shape, generator=torch.Generator().manual_seed(3)) < 0.5
+    dropped[2], dropped[4] = True, False  # a token without experts, and one with all
+    with torch.no_grad():
+        expected = experts(x, index, weights.masked_fill(dropped, 0.0))
+        rows.clear()
+        found = experts(x, index.masked_fill(dropped, experts.num_experts), weights)
+        assert sum(rows) == int((~dropped).sum())
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        assert not found[2].any()
+        assert torch.equal(found[4], expected[4])
+        # Not even a weight that is no number reaches the result of a slot that is dropped.
+        assert torch.equal(
+            experts(x, index.masked_fill(dropped, experts.num_experts + 5), weights.masked_fill(dropped, torch.nan)), found
+        )
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_tokens_and_no_experts_left(architecture: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    experts = packed_experts(architecture, tmp_path).to(dtype)
+    x, index, weights = routed(experts)
+    x = x.to(dtype)
+    with torch.no_grad():
+        nothing = experts(x, torch.full_like(index, experts.num_experts), weights)
+        assert (nothing.shape, nothing.dtype) == (x.shape, dtype)
+        assert not nothing.any()
+        none = experts(x[:0], index[:0], weights[:0])
+        assert (none.shape, none.dtype) == ((0, x.shape[1]), dtype)
+
+
+def test_gradients_pass_packed_experts_with_dropped_slots(tmp_path: Path) -> None:
+    experts = packed_experts("olmoe", tmp_path)
+    x, index, weights = routed(experts, tokens=4)
+    index[1:3, 1] = experts.num_experts
+    index[3] = experts.num_experts
+    x.requires_grad_(), weights.requires_grad_()
+    experts(x, index, weights).square().sum().backward()
+    assert x.grad is not None
+    assert weights.grad is not None
+    assert torch.equal(weights.grad != 0, index < experts.num_experts)
+    assert x.grad[:3].abs().sum(1).gt(0).all()
+    assert not x.grad[3].any()
 
 
 def test_values_keep_their_type_whatever_the_activations_are(folder: Path) -> None:

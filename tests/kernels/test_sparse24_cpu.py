@@ -138,11 +138,15 @@ def test_views_bias_dtypes_and_leading_dimensions(level, batch) -> None:
     for x in (wide[:, 3:135], wide[:, :264:2], numbers(132, batch, dtype=torch.bfloat16).T):
         for bias in (None, numbers(19), numbers(19, dtype=torch.float16), numbers(38, dtype=torch.bfloat16)[::2]):
             check_product(cpu.linear(x, *packed, bias, out_dtype=torch.float32), x, packed, bias, "float")
-    y = cpu.linear(wide[:, :132].reshape(batch, 1, 132), *packed, None)
-    assert y.shape == (batch, 1, 19)
+    plain = cpu.linear(wide[:, :132].contiguous(), *packed, None)
+    assert torch.equal(cpu.linear(wide[:, :132].reshape(batch, 1, 132), *packed, None), plain.view(batch, 1, 19))
+    assert torch.equal(cpu.linear(wide[0, :132], *packed, None), cpu.linear(wide[:1, :132], *packed, None)[0])
     values, meta, _ = random_packed(19, 264, torch.bfloat16)
     halves = Packed24(values[:, :66], meta[:, :17] & torch.tensor([255] * 16 + [15], dtype=torch.uint8))
     check_product(cpu.linear(wide[:, :132], *halves, None, out_dtype=torch.float32), wide[:, :132], halves, None, "float")
+    every_other = Packed24(*(part[::2] for part in random_packed(38, 132, torch.int8)))
+    x = wide[:, :132].contiguous()
+    check_product(cpu.linear(x, *every_other, None, "int8", torch.float32), x, every_other, None, "int8")
 
 
 def test_empty_batches_rows_and_columns(level) -> None:

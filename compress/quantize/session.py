@@ -1,0 +1,209 @@
+"""A model opened for a quantisation recipe, with its calibration text and the texts to measure on."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress import console
+from compress.data import TokenBlocks, tokenize
+from compress.errors import UsageError
+from compress.evaluate import EvalText, perplexity, positions
+from compress.moe.mixture import Mixture, find_mixture
+from compress.moe.rerouted import comparing
+from compress.quantize.grid import Kind
+from compress.quantize.quantizer import Quantizer
+from compress.quantize.store import QuantizedStore, put_into
+from compress.recipe_quantize import QuantizeRecipe
+from compress.session import text_source
+from compress.stream import StreamedModel, open_streamed
+from compress.text import read_text
+from compress.weights import WeightRef, find_weights
+
+_BATCH = 8  # calibration sequences a forward pass
+_WINDOW_TOKENS = 2048  # tokens a forward pass when measuring
+
+
+@dataclass
+class QuantizeSession:
+    """What a run works on. batches: calibration token ids, int64 `[8, seqlen]`; blocks: all sequences, for tuning."""
+
+    recipe: QuantizeRecipe
+    streamed: StreamedModel
+    refs: list[WeightRef]
+    mixtures: dict[int, Mixture]
+    blocks: TokenBlocks
+    batches: list[Tensor]
+    texts: dict[str, EvalText]
+
+    def quantizer(self, method: str | None = None) -> Quantizer:
+        """The recipe's quantiser, or another method on its grids."""
+        wanted = self.recipe.quantizer
+        servable = self.recipe.export.format == "compressed-tensors"
+        kind: Kind = ("asymmetric" if servable else "float") if wanted.grid == "auto" else wanted.grid
+        dtype = self.streamed.model.dtype
+        scale = dtype if servable and dtype in (torch.float16, torch.bfloat16) else torch.float16
+        return Quantizer(
+            method or wanted.method,  # type: ignore[arg-type]
+            kind,
+            scale,
+            wanted.order,
+            wanted.rounds,
+            wanted.token_weights,
+            wanted.keep_zeros,
+        )
+
+    @functools.cached_property
+    def identity(self) -> dict[str, str]:
+        """What a profile must share with the run that uses it."""
+        tokens = hashlib.sha256(b"".join(batch.numpy().tobytes() for batch in self.batches)).hexdigest()
+        method = self.recipe.profile.method or self.recipe.quantizer.method
+        fisher = self.recipe.allocate.mode == "fisher"
+        return {
+            "model": self.streamed.fingerprint(),
+            "calibration text": tokens,
+            "quantiser": f"{self.quantizer(method)}",
+            "candidates": str(self.recipe.pairs()),
+            **({"gradients": "measured"} if fisher else {}),
+        }
+
+    @property
+    def routers(self) -> list[str]:
+        """Names of the plain router parameters."""
+        return [m.router for m in self.mixtures.values() if m.router is not None]
+
+    @contextmanager
+    def quantized(self, store: QuantizedStore) -> Iterator[StreamedModel]:
+        """The model with the values of a store; a second one beside the original."""
+        other = _open(self.recipe)
+        try:
+            if other.streamed:
+                refs = {ref.name: ref for ref in find_weights(other.model)}
+                fixed = store.replaced()
+
+                def change(block: Any) -> None:
+                    for name, matrix in store.read_layer(block.index):
+                        refs[name].view().copy_(matrix.dequantize(refs[name].parameter.dtype))
+                    for name, value in fixed.items():
+                        if name.startswith(block.name + "."):
+                            other.model.get_parameter(name).copy_(value)
+
+                other.change = torch.no_grad()(change)
+            else:
+                put_into(other.model, store)
+            yield other
+        finally:
+            other.close()
+
+    def measure(self, name: str, changed: StreamedModel | None) -> dict[str, Any]:
+        """One line of the summary: perplexity on every text, and for a changed model its divergence from the original, the share of equal
+        predictions, and the share of tokens' slots that go to other experts. `perplexity` is that on the first text."""
+        row: dict[str, Any] = {
+            "method": name,
+            "perplexity": None,
+            "perplexities": {},
+            "kl": {},
+            "top1_agreement": {},
+            "rerouted": {},
+        }
+        original = self.streamed
+        model = original if changed is None else changed
+        fused = [m.name for m in self.mixtures.values() if m.fused]
+        for label, text in self.texts.items():
+            wanted = self.recipe.evaluate.texts[label]
+            with console.task(f"{name}: {label}", wanted.limit or 1) as bar:
+                options: dict[str, Any] = {
+                    "seqlen": wanted.seqlen,
+                    "limit": wanted.limit,
+                    "bos": wanted.bos,
+                    "batch_size": max(1, _WINDOW_TOKENS // wanted.seqlen),
+                    "progress": lambda done, total, value, bar=bar: bar.update(done, f"perplexity {value:.2f}", total),
+                }
+                if changed is None:
+                    found = perplexity(model.model, original.loaded.tokenizer, text, **options)
+                else:
+                    with comparing(model.model, original.model, fused) as rerouted:
+                        found = perplexity(model.model, original.loaded.tokenizer, text, reference=original.model, **options)
+                    row["kl"][label], row["top1_agreement"][label] = found.kl, found.top1_agreement
+                    row["rerouted"][label] = rerouted.share
+            row["perplexities"][label] = found.perplexity
+        row["perplexity"] = next(iter(row["perplexities"].values()), None)
+        return row
+
+
+def _open(recipe: QuantizeRecipe) -> StreamedModel:
+    wanted = recipe.model
+    return open_streamed(
+        wanted.source,
+        stream=recipe.stream,
+        dtype=wanted.dtype,
+        device=wanted.device,
+        revision=wanted.revision,
+        trust_remote_code=wanted.trust_remote_code,
+    )
+
+
+def prepare(recipe: QuantizeRecipe) -> QuantizeSession:
+    """Open model and texts and check that they fit the recipe. Writes nothing. Raises UsageError for a dense model and too little text."""
+    texts = {}
+    for name, section in recipe.evaluate.texts.items():
+        source = text_source(section.source)
+        texts[name] = EvalText.of("\n\n".join(read_text(source)), source.label)
+    with console.log.status(f"opening {recipe.model.source}"):
+        streamed = _open(recipe)
+    refs = find_weights(streamed.model)
+    mixtures = {b.index: m for b in streamed.blocks if (m := find_mixture(streamed.model, b, refs)) is not None}
+    if not mixtures:
+        raise UsageError(
+            f"{recipe.model.source} has no mixture of experts; it is a dense model. Prune it with `compress learn-mask`, or quantise it "
+            "with another tool: allocation among experts is what this command is for"
+        )
+    limit = positions(streamed.model)
+    if limit and recipe.data.seqlen > limit:
+        raise UsageError(f"data.seqlen is {recipe.data.seqlen}, but {recipe.model.source} has {limit} positions")
+    with console.log.status("reading the text"):
+        sources = [text_source(s) for s in recipe.data.sources]
+        needed = max(recipe.samples, recipe.tune.steps * recipe.tune.batch) * recipe.data.seqlen
+        most = recipe.data.max_tokens or (needed if any(s.endless for s in sources) else None)
+        blocks = TokenBlocks(tokenize(sources, streamed.loaded.tokenizer, most), recipe.data.seqlen, recipe.seed)
+    if recipe.samples > len(blocks):
+        raise UsageError(
+            f"samples is {recipe.samples}, but the text holds only {len(blocks)} sequences of {recipe.data.seqlen} tokens"
+        )
+    batches = list(blocks.batch(0, recipe.samples).split(_BATCH))
+    experts = sum(len(m.experts) for m in mixtures.values())
+    weights = sum(expert.weights for m in mixtures.values() for expert in m.experts)
+    how = "one block in memory at a time" if streamed.streamed else "in memory"
+    console.log.print(
+        f"{recipe.model.source}, {how}: {experts} experts in {len(mixtures)} layers, {weights:,} weights; {recipe.samples} x "
+        f"{recipe.data.seqlen} calibration tokens"
+    )
+    return QuantizeSession(recipe, streamed, refs, mixtures, blocks, batches, texts)
+
+
+def other_size(session: QuantizeSession, rest: dict[str, tuple[int, int]], skip: Sequence[str] = ()) -> tuple[int, int]:
+    """Weights and bytes of everything that is no routed expert: quantised matrices with scales, all else in its own type."""
+    from compress.moe.assign import matrix_bytes
+
+    quantizer = session.quantizer()
+    inside = {id(ref.parameter): 0 for ref in session.refs if ref.expert is not None}
+    by_parameter = {ref.full_name: ref for ref in session.refs if ref.name in rest}
+    weights = nbytes = 0
+    for name, parameter in session.streamed.model.named_parameters():
+        if id(parameter) in inside:
+            continue
+        weights += parameter.numel()
+        ref = by_parameter.get(name)
+        if ref is None:
+            nbytes += parameter.numel() * parameter.dtype.itemsize
+        else:
+            bits, group = rest[ref.name]
+            nbytes += matrix_bytes(quantizer.grid(bits, group), *ref.shape)
+    return weights, nbytes
