@@ -90,9 +90,12 @@ def model_timings(
 
 
 def backend_of(model: nn.Module) -> str:
-    """How the weights of linear layers lie in memory: "dense", or "2:4" and the type of the values."""
+    """How the weights lie in memory: "dense", "2:4" and the type of the values, or "low-bit" and the widths."""
     from compress.runtime import Sparse24Linear
+    from compress.runtime_lowbit import widths_of
 
+    if widths := widths_of(model):
+        return f"low-bit {', '.join(map(str, widths))}"
     packed = [m for m in model.modules() if isinstance(m, Sparse24Linear)]
     if not packed:
         return "dense"

@@ -160,3 +160,10 @@ def check_loaded(model: nn.Module, parameters: Iterable[LowBitParameter], where:
     for parameter in parameters:
         for slab in (slab for slabs in parameter.slabs.values() for slab in slabs):
             check_finite(slab, {part: model.get_buffer(slab.prefix + part) for part in slab.tensors}, where)
+
+
+def widths_of(model: nn.Module) -> list[int]:
+    """The bits of the packed matrices in a model, ascending; empty where there are none."""
+    linears = {module.grid.bits for module in model.modules() if isinstance(module, LowBitLinear)}
+    mixtures = [module.places for module in model.modules() if isinstance(module, _LowBitExperts)]
+    return sorted(linears | {slab.grid.bits for places in mixtures for where in places.values() for slab, _ in where})

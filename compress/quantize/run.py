@@ -107,7 +107,11 @@ def _stages(session: QuantizeSession, run: RunDir, stage: Stage, stop: StopFlag,
         run.know("rows", rows)
     write_atomic(run.path / "sizes.json", json.dumps(facts, indent=1) + "\n")
     if stage == "run" and recipe.export.format != "none":
-        _export(session, run, store, rows)
+        from compress.export.quantized import export_quantized
+
+        export_quantized(
+            run.path, run.path / "model", recipe.export.format, promote=recipe.export.promote, metrics=rows, overwrite=True
+        )
     write_quantize_report(run, recipe, rows, profiles, widths, facts, _notes(session, store))
     write_atomic(run.summary, json.dumps(rows, indent=1))
     return QuantizeResult(run.path, rows, profiles, facts)
@@ -277,17 +281,3 @@ def _tune(session: QuantizeSession, store: QuantizedStore, stop: StopFlag) -> bo
         return False
     store.write_replaced(values)
     return True
-
-
-def _export(session: QuantizeSession, run: RunDir, store: QuantizedStore, rows: list[dict[str, Any]]) -> None:
-    from compress.export.quantized import export_quantized
-
-    recipe = session.recipe
-    export_quantized(
-        run.path,
-        run.path / "model",
-        recipe.export.format,
-        promote=recipe.export.promote,
-        metrics=rows,
-        overwrite=True,
-    )

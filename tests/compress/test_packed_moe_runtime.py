@@ -23,15 +23,21 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import compress
+from compress.bench_model import backend_of
 from compress.errors import CompressError, UsageError
 from compress.export.lowbit import quantized_parameters
 from compress.export.packed_moe import describe
+from compress.export.routing import export_routing
 from compress.export.source import open_source
 from compress.hf import PackedMoeQuantizer
 from compress.inspect import inspect_checkpoint
 from compress.packed_moe import LowBitMatrix, from_config, to_config
 from compress.quantize.gptq import rtn
 from compress.quantize.grid import Grid
+from compress.routing.calibrate import rule_decisions
+from compress.routing.gate import attach, routing_of
+from compress.routing.mixtures import observe
+from compress.routing.storage import save
 from compress.runtime_lowbit import LowBitLinear, lowbit_linear
 from compress.verify_packed_moe import verify_packed_moe
 
@@ -306,3 +312,23 @@ def test_verify_names_the_matrix_that_is_damaged(folder: Path) -> None:
     assert verify_packed_moe(folder, exclude=["*.up_proj"]).ok
     with pytest.raises(UsageError, match="no matrix to check"):
         verify_packed_moe(folder, include=["nothing"])
+
+
+def test_a_routing_beside_a_packed_folder_is_attached(tmp_path: Path) -> None:
+    make_case(tmp_path, "olmoe", num_experts_per_tok=3).pack(tmp_path / "packed")
+    tokens = tiny_configs.tokens(batch=2, length=10)
+    model: Any = compress.load(tmp_path / "packed", device="cpu")
+    plain = model(tokens).logits
+    mixtures, seen = observe(model, [tokens])
+    routing = attach(model, mixtures, rule_decisions("top-k", mixtures, seen, 2), "top-k")
+    save(tmp_path / "run", routing, {"model": str(tmp_path / "packed")})
+    export_routing(tmp_path / "run", tmp_path / "routed")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "routed")
+    assert routing_of(loaded) is not None
+    found = loaded(tokens).logits
+    assert torch.equal(found, model(tokens).logits)
+    assert not torch.allclose(found, plain, atol=1e-3)
+
+
+def test_benchmarks_name_the_widths(folder: Path) -> None:
+    assert backend_of(compress.load(folder, device="cpu")) == "low-bit 1, 2, 3, 4, 5, 6, 7, 8"
