@@ -143,6 +143,11 @@ class QuantizeRecipe(Section):
     )
     cache: Literal["memory", "disk"] = Field("memory", description="Where the hidden states of the calibration text are kept")
     data: DataSection
+    mask: str | None = Field(
+        None,
+        description="Mask file or run of learn-mask: prune the model by it first; what it prunes stays zero, so give two bits or more. All that "
+        "it masks must be quantised",
+    )
     samples: int = Field(128, gt=0, description="Calibration sequences of data.seqlen tokens")
     candidates: list[int | CandidateSection] = Field(
         [1, 2, 3], min_length=1, description="Widths that an expert may get, or {bits, group_size}"

@@ -47,9 +47,10 @@ class Assignment:
 
 def matrix_bytes(grid: Grid, rows: int, columns: int) -> int:
     """Bytes of one quantised matrix in a packed-moe checkpoint: codes, rows padded to whole bytes, scales of 16 bits, and zeros (16 bits
-    where they are free numbers, a byte where they are codes)."""
-    zero = {"float": 2, "asymmetric": 1}.get(grid.kind, 0)
-    return rows * (packed_bytes(columns, grid.bits) + grid.groups(columns) * (2 + zero))
+    where they are free numbers, packed like codes where they are codes)."""
+    groups = grid.groups(columns)
+    zeros = {"float": 2 * groups, "asymmetric": packed_bytes(groups, grid.bits)}.get(grid.kind, 0)
+    return rows * (packed_bytes(columns, grid.bits) + 2 * groups + zeros)
 
 
 def super_experts(profiles: Sequence[LayerProfile]) -> list[str]:
@@ -182,7 +183,9 @@ def statistics_json(found: ExpertStatistics) -> dict[str, Any]:
             result[name] = {i: value.tolist() for i, value in values.items()}
     if found.expert_shapes:
         result |= {"expert_shapes": [list(shape) for shape in found.expert_shapes], "group_size": found.group_size}
-        result |= {"scale_bits": found.scale_bits, "zero_bits": found.zero_bits}
+        result["scale_bits"] = found.scale_bits
+        if found.zero_bits is not None:
+            result["zero_bits"] = found.zero_bits
     return result
 
 

@@ -66,7 +66,9 @@ def tune_routers(
             by_kl = settings.objective == "kl"
             loss, _, _ = token_loss(student, teacher, ids, ce_weight=float(not by_kl), kl_weight=float(by_kl))
             if not bool(loss.isfinite()):
-                raise CompressError(f"the loss is {float(loss.detach())} at step {step} of tuning the routers: lower tune.learning_rate")
+                raise CompressError(
+                    f"the loss is {float(loss.detach())} at step {step} of tuning the routers: lower tune.learning_rate"
+                )
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()

@@ -16,6 +16,7 @@ from compress import console
 from compress.activations import scratch_folder
 from compress.errors import UsageError
 from compress.interrupt import Interrupted, StopFlag, stoppable
+from compress.masks import open_mask
 from compress.moe.allocate import Budget, Limit
 from compress.moe.assign import Assignment, assign, from_layers, statistics, statistics_json
 from compress.moe.profile import profile_experts
@@ -64,7 +65,7 @@ def run_recipe(recipe: QuantizeRecipe, out: Path, *, stage: Stage, resume: bool,
         with stoppable() as stop:
             return _stages(session, run, stage, stop, resume_command)
     finally:
-        session.streamed.close()
+        session.close()
 
 
 def _stages(session: QuantizeSession, run: RunDir, stage: Stage, stop: StopFlag, resume_command: str) -> QuantizeResult:
@@ -80,6 +81,7 @@ def _stages(session: QuantizeSession, run: RunDir, stage: Stage, stop: StopFlag,
         write_profile_report(run, recipe, profiles)
         return QuantizeResult(run.path, [], profiles, {})
     rest = rest_widths(session.refs, recipe.rest, recipe.quantizer.group_size)
+    _check_masked(session, rest)
     widths, facts = _allocate(session, run, profiles, rest)
     store = QuantizedStore(run.path / "quantized")
     with console.task("quantising", len(session.streamed.blocks)) as bar:
@@ -101,6 +103,8 @@ def _stages(session: QuantizeSession, run: RunDir, stage: Stage, stop: StopFlag,
     rows: list[dict[str, Any]] = run.known("rows") or []
     if not rows:
         rows.append(session.measure("original", None))
+        if session.texts and recipe.mask is not None:
+            rows.append(session.measure("masked", session.streamed))
         if session.texts:
             with session.quantized(store) as changed:
                 rows.append(session.measure("quantized", changed))
@@ -154,7 +158,7 @@ def _profile(session: QuantizeSession, run: RunDir, stop: StopFlag) -> list[Laye
     groups = {group for _, group in recipe.pairs()}
     if len(groups) == 1 and not (run.path / "experts.json").is_file():
         kind = session.quantizer().kind
-        zero = {"float": 16, "asymmetric": 8}.get(kind, 0)
+        zero = {"float": 16, "asymmetric": None}.get(kind, 0)  # None: as wide as the codes
         found = statistics(profiles, groups.pop(), zero_bits=zero)
         write_atomic(run.path / "experts.json", json.dumps(statistics_json(found)) + "\n")
     return profiles
@@ -253,6 +257,16 @@ def _notes(session: QuantizeSession, store: QuantizedStore) -> dict[str, dict[st
     return found
 
 
+def _check_masked(session: QuantizeSession, rest: dict[str, tuple[int, int]]) -> None:
+    """Raise UsageError when the mask prunes what is not quantised: its pruned values would be nowhere."""
+    if session.recipe.mask is None:
+        return
+    masked = set(open_mask(Path(session.recipe.mask)).masks)
+    left = [ref.name for ref in session.refs if ref.full_name in masked and ref.expert is None and ref.name not in rest]
+    if left:
+        raise UsageError(f"the mask prunes {left[0]}, which `rest` leaves as it is: give it a width, or take it out of the mask")
+
+
 def _warn_of_remarks(session: QuantizeSession, store: QuantizedStore) -> None:
     remarks = {name: note["remark"] for name, note in _notes(session, store).items() if note["remark"]}
     for text in sorted(set(remarks.values()))[:6]:
@@ -270,7 +284,7 @@ def _tune(session: QuantizeSession, store: QuantizedStore, stop: StopFlag) -> bo
     with session.quantized(store) as changed, console.task("tuning routers", wanted.steps) as bar:
         values = tune_routers(
             changed.model,
-            session.streamed.model,
+            session.original.model,
             session.routers,
             session.blocks.batch,
             wanted,

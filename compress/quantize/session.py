@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from compress import console
 from compress.data import TokenBlocks, tokenize
 from compress.errors import UsageError
 from compress.evaluate import EvalText, perplexity, positions
+from compress.masks import masks_of_model, open_mask
 from compress.moe.mixture import Mixture, find_mixture
 from compress.moe.rerouted import comparing
 from compress.quantize.grid import Kind
@@ -24,8 +26,10 @@ from compress.quantize.store import QuantizedStore, put_into
 from compress.recipe_quantize import QuantizeRecipe
 from compress.session import text_source
 from compress.stream import StreamedModel, open_streamed
+from compress.structure import Block
 from compress.text import read_text
-from compress.weights import WeightRef, find_weights
+from compress.weights import WeightRef, by_parameter, find_weights
+from maskllm.storage import mask_digest
 
 _BATCH = 8  # calibration sequences a forward pass
 _WINDOW_TOKENS = 2048  # tokens a forward pass when measuring
@@ -71,8 +75,20 @@ class QuantizeSession:
             "calibration text": tokens,
             "quantiser": f"{self.quantizer(method)}",
             "candidates": str(self.recipe.pairs()),
+            **({} if self.recipe.mask is None else {"mask": mask_digest(open_mask(Path(self.recipe.mask)).masks)}),
             **({"gradients": "measured"} if fisher else {}),
         }
+
+    @functools.cached_property
+    def original(self) -> StreamedModel:
+        """The model without the recipe's mask: what results are compared with."""
+        return self.streamed if self.recipe.mask is None else _open(self.recipe, masked=False)
+
+    def close(self) -> None:
+        """Take the hooks off the models."""
+        self.streamed.close()
+        if self.recipe.mask is not None and "original" in vars(self):
+            self.original.close()
 
     @property
     def routers(self) -> list[str]:
@@ -113,7 +129,7 @@ class QuantizeSession:
             "top1_agreement": {},
             "rerouted": {},
         }
-        original = self.streamed
+        original = self.original
         model = original if changed is None else changed
         fused = [m.name for m in self.mixtures.values() if m.fused]
         for label, text in self.texts.items():
@@ -138,9 +154,9 @@ class QuantizeSession:
         return row
 
 
-def _open(recipe: QuantizeRecipe) -> StreamedModel:
+def _open(recipe: QuantizeRecipe, *, masked: bool = True) -> StreamedModel:
     wanted = recipe.model
-    return open_streamed(
+    opened = open_streamed(
         wanted.source,
         stream=recipe.stream,
         dtype=wanted.dtype,
@@ -148,6 +164,31 @@ def _open(recipe: QuantizeRecipe) -> StreamedModel:
         revision=wanted.revision,
         trust_remote_code=wanted.trust_remote_code,
     )
+    if masked and recipe.mask is not None:
+        _put_mask(opened, Path(recipe.mask))
+    return opened
+
+
+def _put_mask(opened: StreamedModel, path: Path) -> None:
+    """Make the weights that a mask prunes zero: now, or with every block that is loaded. Raises UsageError for another model's mask."""
+    file = open_mask(path)
+    named = {p.name: p for p in by_parameter(find_weights(opened.model))}
+    unknown = sorted(set(file.masks) - set(named))
+    if unknown:
+        raise UsageError(f"{path} masks {unknown[0]}, which is no matrix in the decoder blocks of {opened.loaded.source}")
+    masks = masks_of_model(path, [named[name] for name in file.masks], file.pattern)
+
+    @torch.no_grad()
+    def change(block: Block | None) -> None:
+        for name, mask in masks.items():
+            if block is None or named[name].layer == block.index:
+                parameter = opened.model.get_parameter(name)
+                parameter.mul_(mask.to(parameter.device))
+
+    if opened.streamed:
+        opened.change = change
+    else:
+        change(None)
 
 
 def prepare(recipe: QuantizeRecipe) -> QuantizeSession:

@@ -158,3 +158,27 @@ def test_dry_run_says_sizes_and_writes_nothing(tmp_path: Path) -> None:
     assert plan["streamed_peak"] < plan["whole_peak"]
     assert not (tmp_path / "r").exists()
     assert re.search(r"64 experts in 4 layers", invoke("run", "tiny-moe", "--dry-run").stdout)
+
+
+def test_a_mask_is_kept_through_quantising_and_packing(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from compress.assets import asset_path
+    from compress.quantize.store import QuantizedStore, put_into
+    from compress.weights import find_weights
+    from maskllm.storage import load_masks
+
+    mask = tmp_path / "mask.safetensors"
+    assert invoke("prune", "asset:tiny-moe", "--method", "magnitude", "--out", mask).exit_code == 0
+    small = ["samples=4", "evaluate.texts={}", f"mask={mask}", "quantizer.rounds=0", "export.format=none"]
+    made = invoke("run", "tiny-moe-sparse", *small, "--out", tmp_path / "run")
+    assert made.exit_code == 0, made.output
+    model = AutoModelForCausalLM.from_pretrained(asset_path("asset:tiny-moe"))
+    put_into(model, QuantizedStore(tmp_path / "run/quantized"))
+    masks = load_masks(mask).masks
+    assert {ref.full_name for ref in find_weights(model)} == set(masks)
+    for name, kept in masks.items():
+        assert bool((model.get_parameter(name)[~kept] == 0).all())
+    part = invoke("run", "tiny-moe-sparse", *small, "rest=[]", "--out", tmp_path / "other")
+    assert part.exit_code != 0
+    assert "the mask prunes" in str(part.exception)
