@@ -51,7 +51,7 @@ class QuantizeSession:
         """The recipe's quantiser, or another method on its grids."""
         wanted = self.recipe.quantizer
         servable = self.recipe.export.format == "compressed-tensors"
-        kind: Kind = ("asymmetric" if servable else "float") if wanted.grid == "auto" else wanted.grid
+        kind: Kind = ("symmetric" if servable else "float") if wanted.grid == "auto" else wanted.grid
         dtype = self.streamed.model.dtype
         scale = dtype if servable and dtype in (torch.float16, torch.bfloat16) else torch.float16
         return Quantizer(
