@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from compress.errors import CompressError, UsageError
 from compress.footprint import LiveBytes, empty_data, without_data
 from compress.heap import resident
+from compress.measure import WINDOW_TOKENS
 from compress.models import load_tokenizer, resolve_source
 from compress.recipe import LearnMaskRecipe
 from compress.settings import block_settings, learn_settings
@@ -33,7 +34,6 @@ from maskllm.patterns import Pattern
 from maskllm.update import LogitUpdates
 
 CALIBRATION_BATCH = 8  # sequences, of `compress.session`
-WINDOW_TOKENS = 2048  # of `compress.session`
 TEXT = 64 << 20  # bytes that tokenising leaves in the tokenizer's caches and the heap, measured; the ids come on top
 TOKENISED = 60  # bytes a character of a text that an evaluation tokenises whole, measured
 HEAP, HEAP_SHARE = 64 << 20, 0.05  # measured: what freed pieces between live ones take, of everything allocated below

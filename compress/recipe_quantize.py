@@ -32,7 +32,8 @@ class QuantizerSection(Section):
     group_size: int = Field(128, gt=0, description="Weights along the inputs that share a scale")
     grid: Grids = Field(
         "auto",
-        description="auto: a free zero for packed-moe, symmetric for compressed-tensors, whose readers do best with it; symmetric and asymmetric have a level at zero. One "
+        description="auto: a free zero for packed-moe, symmetric for compressed-tensors, whose readers do best with it; symmetric "
+        "and asymmetric have a level at zero. One "
         "bit is always sign and magnitude",
     )
     order: Literal["activation", "given"] = Field(

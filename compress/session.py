@@ -12,21 +12,20 @@ import torch
 from torch import Tensor
 
 from compress import console
-from compress.data import TextSource, TokenBlocks, tokenize
+from compress.data import TokenBlocks, tokenize
 from compress.errors import UsageError
-from compress.evaluate import EvalText, evaluate_tokens, perplexity, positions, token_windows
+from compress.evaluate import EvalText, evaluate_tokens, positions, token_windows
+from compress.measure import WINDOW_TOKENS, eval_texts, measure_text, text_source
 from compress.models import LoadedModel, fingerprint, load_model, pick_device
 from compress.prune import Method, Pruned, prune_one_shot
-from compress.recipe import LearnMaskRecipe, SourceSection
+from compress.recipe import LearnMaskRecipe
 from compress.recipe_file import dump_recipe
-from compress.text import read_text
 from compress.walk import check_inside
 from compress.weights import ParameterRef, WeightRef, by_parameter, find_weights
 from maskllm.gumbel import prior_logits
 from maskllm.parametrization import MaskTarget
 from maskllm.patterns import Pattern
 
-_WINDOW_TOKENS = 2048  # tokens a forward pass when measuring: short windows are taken several at once
 _CALIBRATION_BATCH = 8  # sequences calibrated at once
 
 
@@ -81,22 +80,11 @@ class Session:
 
     def measure(self, name: str) -> dict[str, float]:
         """Perplexity of the model as it is now on every text, for the row `name`."""
-        scores = {}
-        for label, text in self.texts.items():
-            wanted = self.recipe.evaluate.texts[label]
-            with console.task(f"{name}: {label}", wanted.limit or 1) as bar:
-                found = perplexity(
-                    self.loaded.model,
-                    self.loaded.tokenizer,
-                    text,
-                    seqlen=wanted.seqlen,
-                    limit=wanted.limit,
-                    bos=wanted.bos,
-                    batch_size=max(1, _WINDOW_TOKENS // wanted.seqlen),
-                    progress=functools.partial(_show, bar),
-                )
-            scores[label] = found.perplexity
-        return scores
+        loaded, texts = self.loaded, self.recipe.evaluate.texts
+        return {
+            label: measure_text(name, label, loaded.model, loaded, text, texts[label]).perplexity
+            for label, text in self.texts.items()
+        }
 
     @contextmanager
     def holding(self, values: dict[str, Tensor]) -> Iterator[None]:
@@ -133,7 +121,7 @@ class Session:
 
     def score(self, windows: Tensor) -> float:
         """Perplexity of the model as it is now on token windows `[windows, seqlen]`."""
-        batch = max(1, _WINDOW_TOKENS // windows.shape[1])
+        batch = max(1, WINDOW_TOKENS // windows.shape[1])
         return evaluate_tokens(self.loaded.model, windows, batch_size=batch).perplexity
 
     def watched_windows(self) -> Tensor | None:
@@ -151,7 +139,7 @@ def prepare(recipe: LearnMaskRecipe) -> Session:
     """Load model and texts and check that they fit the recipe. Writes nothing."""
     pattern = Pattern.parse(recipe.pattern)
     wanted = recipe.model
-    texts = {name: _eval_text(section.source) for name, section in recipe.evaluate.texts.items()}
+    texts = eval_texts(recipe.evaluate.texts)
     with console.log.status(f"loading {wanted.source}"):
         loaded = load_model(
             wanted.source,
@@ -206,18 +194,3 @@ def prepare(recipe: LearnMaskRecipe) -> Session:
         f"{len(tokens):,} tokens of text, {', '.join(how)}"
     )
     return Session(recipe, loaded, pattern, refs, parameters, blocks, calibration, block_batches, texts)
-
-
-def _show(bar: console.Task, done: int, total: int, value: float) -> None:
-    bar.update(done, f"perplexity {value:.2f}", total)
-
-
-def text_source(section: SourceSection) -> TextSource:
-    """The recipe's description of a text as what `compress.data` reads."""
-    return TextSource(**section.model_dump())
-
-
-def _eval_text(section: SourceSection) -> EvalText:
-    """A text to measure on: a text file as it is (or its span), records joined by blank lines."""
-    source = text_source(section)
-    return EvalText.of("\n\n".join(read_text(source)), source.label)

@@ -16,23 +16,21 @@ from torch import Tensor
 from compress import console
 from compress.data import TokenBlocks, tokenize
 from compress.errors import UsageError
-from compress.evaluate import EvalText, perplexity, positions
+from compress.evaluate import EvalText, positions
 from compress.masks import masks_of_model, open_mask
+from compress.measure import eval_texts, measure_text, text_source
 from compress.moe.mixture import Mixture, find_mixture
 from compress.moe.rerouted import comparing
 from compress.quantize.grid import Kind
 from compress.quantize.quantizer import Quantizer
 from compress.quantize.store import QuantizedStore, put_into
 from compress.recipe_quantize import QuantizeRecipe
-from compress.session import text_source
 from compress.stream import StreamedModel, open_streamed
 from compress.structure import Block
-from compress.text import read_text
 from compress.weights import WeightRef, by_parameter, find_weights
 from maskllm.storage import mask_digest
 
 _BATCH = 8  # calibration sequences a forward pass
-_WINDOW_TOKENS = 2048  # tokens a forward pass when measuring
 
 
 @dataclass
@@ -134,21 +132,13 @@ class QuantizeSession:
         fused = [m.name for m in self.mixtures.values() if m.fused]
         for label, text in self.texts.items():
             wanted = self.recipe.evaluate.texts[label]
-            with console.task(f"{name}: {label}", wanted.limit or 1) as bar:
-                options: dict[str, Any] = {
-                    "seqlen": wanted.seqlen,
-                    "limit": wanted.limit,
-                    "bos": wanted.bos,
-                    "batch_size": max(1, _WINDOW_TOKENS // wanted.seqlen),
-                    "progress": lambda done, total, value, bar=bar: bar.update(done, f"perplexity {value:.2f}", total),
-                }
-                if changed is None:
-                    found = perplexity(model.model, original.loaded.tokenizer, text, **options)
-                else:
-                    with comparing(model.model, original.model, fused) as rerouted:
-                        found = perplexity(model.model, original.loaded.tokenizer, text, reference=original.model, **options)
-                    row["kl"][label], row["top1_agreement"][label] = found.kl, found.top1_agreement
-                    row["rerouted"][label] = rerouted.share
+            if changed is None:
+                found = measure_text(name, label, model.model, original.loaded, text, wanted)
+            else:
+                with comparing(model.model, original.model, fused) as rerouted:
+                    found = measure_text(name, label, model.model, original.loaded, text, wanted, original.model)
+                row["kl"][label], row["top1_agreement"][label] = found.kl, found.top1_agreement
+                row["rerouted"][label] = rerouted.share
             row["perplexities"][label] = found.perplexity
         row["perplexity"] = next(iter(row["perplexities"].values()), None)
         return row
@@ -193,10 +183,7 @@ def _put_mask(opened: StreamedModel, path: Path) -> None:
 
 def prepare(recipe: QuantizeRecipe) -> QuantizeSession:
     """Open model and texts and check that they fit the recipe. Writes nothing. Raises UsageError for a dense model and too little text."""
-    texts = {}
-    for name, section in recipe.evaluate.texts.items():
-        source = text_source(section.source)
-        texts[name] = EvalText.of("\n\n".join(read_text(source)), source.label)
+    texts = eval_texts(recipe.evaluate.texts)
     with console.log.status(f"opening {recipe.model.source}"):
         streamed = _open(recipe)
     refs = find_weights(streamed.model)

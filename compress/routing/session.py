@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from compress import console
 from compress.data import IntArray, TokenBlocks, tokenize
 from compress.errors import UsageError
-from compress.evaluate import EvalText, perplexity, positions
+from compress.evaluate import EvalText, positions
+from compress.measure import eval_texts, measure_text, text_source
 from compress.models import LoadedModel, fingerprint, load_model
 from compress.recipe import SourceSection
 from compress.recipe_file import dump_recipe
@@ -23,10 +24,6 @@ from compress.routing.calibrate import activation, mean_experts
 from compress.routing.gate import Routing, routing_of
 from compress.routing.mixtures import Mixture, Seen, observe
 from compress.routing.rules import check_target
-from compress.session import text_source
-from compress.text import read_text
-
-_WINDOW_TOKENS = 2048  # tokens a forward pass when measuring
 
 
 @dataclass
@@ -64,25 +61,17 @@ class RoutingSession:
         }
         for label, text in self.texts.items():
             wanted = self.recipe.evaluate.texts[label]
-            with console.task(f"{name}: {label}", wanted.limit or 1) as bar:
-                options: dict[str, Any] = {
-                    "seqlen": wanted.seqlen,
-                    "limit": wanted.limit,
-                    "bos": wanted.bos,
-                    "batch_size": max(1, _WINDOW_TOKENS // wanted.seqlen),
-                    "progress": functools.partial(_show, bar),
-                }
-                row["kl"][label], row["activation"][label] = 0.0, 1.0
-                row["experts_per_token"][label] = {m.name: float(m.top_k) for m in self.mixtures}
-                if routing is None:
-                    found = perplexity(self.loaded.model, self.loaded.tokenizer, text, **options)
-                else:
-                    reference = Unpruned(self.loaded.model, routing)
-                    with routing.counting() as counts:
-                        found = perplexity(self.loaded.model, self.loaded.tokenizer, text, reference=reference, **options)
-                    experts = {mixture: mean_experts(count) for mixture, count in counts.items()}
-                    row["kl"][label], row["experts_per_token"][label] = found.kl, experts
-                    row["activation"][label] = activation(self.mixtures, experts)
+            row["kl"][label], row["activation"][label] = 0.0, 1.0
+            row["experts_per_token"][label] = {m.name: float(m.top_k) for m in self.mixtures}
+            if routing is None:
+                found = measure_text(name, label, self.loaded.model, self.loaded, text, wanted)
+            else:
+                reference = Unpruned(self.loaded.model, routing)
+                with routing.counting() as counts:
+                    found = measure_text(name, label, self.loaded.model, self.loaded, text, wanted, reference)
+                experts = {mixture: mean_experts(count) for mixture, count in counts.items()}
+                row["kl"][label], row["experts_per_token"][label] = found.kl, experts
+                row["activation"][label] = activation(self.mixtures, experts)
             row["perplexities"][label] = found.perplexity
         row["perplexity"] = next(iter(row["perplexities"].values()), None)
         return row
@@ -111,10 +100,7 @@ class Unpruned(nn.Module):
 def prepare(recipe: LearnRoutingRecipe) -> RoutingSession:
     """Load model and texts, observe the mixtures and check that they fit the recipe. Writes nothing."""
     wanted = recipe.model
-    texts = {}
-    for name, section in recipe.evaluate.texts.items():
-        source = text_source(section.source)
-        texts[name] = EvalText.of("\n\n".join(read_text(source)), source.label)
+    texts = eval_texts(recipe.evaluate.texts)
     with console.log.status(f"loading {wanted.source}"):
         loaded = load_model(
             wanted.source,
@@ -175,7 +161,3 @@ def _tokens(recipe: LearnRoutingRecipe, loaded: LoadedModel) -> tuple[TokenBlock
         raise UsageError(f"calibration.samples takes all {len(cut)} sequences of the text; none is left to learn from")
     rest = [cut.batch(index, 1)[0].numpy() for index in range(section.samples, len(cut))]
     return TokenBlocks(np.concatenate(rest), length, recipe.seed + 1), calibration
-
-
-def _show(bar: console.Task, done: int, total: int, value: float) -> None:
-    bar.update(done, f"perplexity {value:.2f}", total)
