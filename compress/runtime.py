@@ -87,9 +87,8 @@ class Sparse24Linear(PackedModule):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = (
-            self._buffers
-        )  # attribute access would ask it for every name, which takes a quarter of the time of a small product
+        # Attribute access would look up each name there, after everything else: a quarter of the time of a small product.
+        parts = self._buffers
         packed = Packed24(parts["values"], parts["meta"], parts["scale"])
         return sparse24.linear(x, packed, parts["bias"], self.activation)
 

@@ -7,6 +7,9 @@ llama.cpp runs the GGUF file as bf16, Q8_0 and Q4_K_M, which its own quantiser m
 thread pools do not meet, and all take turns: one generation after the same prompt of WikiText-2, greedy, in each turn; the table has the
 medians. `--llama-python` is the interpreter of another environment that has llama-cpp-python. Keep the machine free meanwhile.
 
+On processors with AMX a library compiled for the machine itself may end with a segmentation fault (ggml-org/llama.cpp#20824); compile it
+with CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON" then.
+
 The library computes whole models; products of single matrices are not part of its interface, and are not timed here.
 """
 
