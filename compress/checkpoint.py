@@ -21,7 +21,7 @@ SIDECAR_NAME = "compress.json"
 # What belongs to a model beside its weights. Everything else in a source folder (optimizer states, logs, a card) is not copied.
 COMPANIONS = (
     "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
-    "*.model", "*.tiktoken", "*.jinja", "chat_template*", "preprocessor_config.json", "processor_config.json",
+    "*.model", "*.tiktoken", "*.jinja", "chat_template*", "*preprocessor_config.json", "processor_config.json",
     "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 

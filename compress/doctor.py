@@ -98,6 +98,7 @@ def extras() -> list[Extra]:
     """Packages that add something, present or not."""
     listed = (
         ("gguf", "pip install 'maskllm-compress[gguf]'", "reading models from GGUF files"),
+        ("torchvision", "pip install 'maskllm-compress[vision]'", "calibrating vision-language mixtures on images"),
         ("triton", "comes with torch for CUDA", "kernels on GPUs"),
         ("lm_eval", "pip install lm-eval", "benchmark tasks, on packed checkpoints too after `import compress.hf`"),
     )

@@ -1,7 +1,7 @@
 """`import compress.hf` teaches transformers the packed formats.
 
-After it `AutoModelForCausalLM.from_pretrained(folder)`, `generate` and `save_pretrained` work on packed folders as on any other, and so
-does whatever loads its models through transformers.
+After it `AutoModelForCausalLM.from_pretrained(folder)` (`AutoModelForImageTextToText` for a vision-language model), `generate` and
+`save_pretrained` work on packed folders as on any other, and so does whatever loads its models through transformers.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from compress.checkpoint import Checkpoint
 from compress.errors import CompressError, UsageError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES: dict[str, torch.dtype | str] = {
     "auto": "auto",
@@ -118,7 +118,7 @@ def load_model(
     source: see `resolve_source`. dtype: "auto" is the checkpoint's own; a GGUF file is dequantised, to float32 unless another is
     asked for. device: "auto" is cuda where there is one, else cpu. Raises UsageError for whatever is wrong with the source.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     import compress.hf  # noqa: F401  so that transformers knows the packed formats, from the hub too
     from compress.packed import is_packed
@@ -138,7 +138,10 @@ def load_model(
     # Weights of the wrong shape are let through here because `_check_complete` can name them and transformers only logs them.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     with _explained(source), _quiet():
-        found_model: Any = AutoModelForCausalLM.from_pretrained(found.location, **found.arguments, **options)
+        config = AutoConfig.from_pretrained(
+            found.location, **found.arguments, revision=revision, trust_remote_code=trust_remote_code
+        )
+        found_model: Any = model_class(config).from_pretrained(found.location, **found.arguments, **options)
         model, report = found_model
         _check_complete(source, report)
         words: Any = load_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code) if tokenizer else None
@@ -146,6 +149,18 @@ def load_model(
             _forget_quantization(model)
         model.to(pick_device(device)).eval()
     return LoadedModel(model, words, source, found.folder, found.gguf_file)
+
+
+def model_class(config: PreTrainedConfig) -> Any:
+    """The auto class that makes a language model of a configuration: AutoModelForCausalLM, or where transformers knows the
+    configuration only with images and text, AutoModelForImageTextToText."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    custom = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if custom or type(config) in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM
+    with_images = type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if with_images else AutoModelForCausalLM  # whose error names what it knows
 
 
 def _check_complete(source: str, report: dict[str, Any]) -> None:
@@ -188,7 +203,7 @@ def load_tokenizer(source: str, *, revision: str | None = None, trust_remote_cod
 
 def meta_model(source: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model without its weights (on the meta device), from its configuration alone: names, shapes and types for a plan."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     found = resolve_source(source)
     with _explained(source), _quiet():
@@ -196,7 +211,7 @@ def meta_model(source: str, revision: str | None = None, trust_remote_code: bool
             found.location, **found.arguments, revision=revision, trust_remote_code=trust_remote_code
         )
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model = model_class(config).from_config(config, trust_remote_code=trust_remote_code)
         model.tie_weights()
         return model.eval()
 

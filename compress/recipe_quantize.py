@@ -23,6 +23,15 @@ class CandidateSection(Section):
     group_size: int | None = Field(None, gt=0, description="Weights that share a scale; quantizer.group_size by default")
 
 
+class ImagesSection(Section):
+    """Images with text, for calibration of a vision-language model."""
+
+    path: str = Field(description="JSON Lines file, a record a sample")
+    image_field: str = Field("image", description="Field with the path of the image file, relative to the JSON Lines file")
+    prompt_field: str = Field("text", description="Field with the text that goes with the image")
+    samples: int = Field(64, gt=0, description="Records to take, each a sequence of its own length, beside the samples of text")
+
+
 class QuantizerSection(Section):
     method: QuantizerMethod = Field(
         "gptq",
@@ -150,6 +159,9 @@ class QuantizeRecipe(Section):
         "it masks must be quantised",
     )
     samples: int = Field(128, gt=0, description="Calibration sequences of data.seqlen tokens")
+    images: ImagesSection | None = Field(
+        None, description="Calibrate on images with text, too, through the processor of a vision-language model"
+    )
     candidates: list[int | CandidateSection] = Field(
         [1, 2, 3], min_length=1, description="Widths that an expert may get, or {bits, group_size}"
     )
@@ -173,6 +185,12 @@ class QuantizeRecipe(Section):
         if len(set(pairs)) < len(pairs):
             raise ValueError("the same candidate is there twice")
         return value
+
+    @model_validator(mode="after")
+    def _gradients(self) -> QuantizeRecipe:
+        if self.images is not None and self.allocate.mode == "fisher":
+            raise ValueError("gradients are taken on sequences of one length: allocate.mode fisher and images exclude each other")
+        return self
 
     @model_validator(mode="after")
     def _servable(self) -> QuantizeRecipe:

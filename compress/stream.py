@@ -135,14 +135,14 @@ def open_streamed(
 
 def _skeleton(source: str, files: FileSource, dtype: str, device: torch.device, options: dict[str, Any]) -> StreamedModel:
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    from compress.models import DTYPES
+    from compress.models import DTYPES, model_class
 
     config = AutoConfig.from_pretrained(files.checkpoint.path, trust_remote_code=options["trust_remote_code"])
     kind = {} if dtype == "auto" else {"dtype": DTYPES[dtype]}
     with init_empty_weights(include_buffers=False):  # rotary frequencies and the like are computed, not read
-        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=options["trust_remote_code"], **kind)
+        model: Any = model_class(config).from_config(config, trust_remote_code=options["trust_remote_code"], **kind)
     model.tie_weights()
     model.eval()
     inside = [block.name + "." for block in decoder_blocks(model)]

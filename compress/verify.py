@@ -134,7 +134,7 @@ def verify_against(
     pattern: Pattern | None = None,
     contracted: Mapping[str, int] | None = None,
 ) -> Report:
-    """Load `folder` as anyone would, with `AutoModelForCausalLM`, and compare every parameter and persistent buffer with the original.
+    """Load `folder` as anyone would, with transformers' auto classes, and compare every parameter and persistent buffer with the original.
 
     Masked ones must equal mask * original bit for bit, +0.0 where masked, all others the original. With `pattern` and `contracted`
     (name -> dimension) the groups of the masked ones are counted too.
@@ -218,10 +218,10 @@ def compare(name: str, actual: Tensor, original: Tensor, mask: Tensor | None = N
 
 
 def _load(folder: Path, like: PreTrainedModel) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
+    from compress.models import model_class
 
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        return model_class(like.config).from_pretrained(
             folder, dtype=like.dtype, local_files_only=True, trust_remote_code=bool(like.is_remote_code())
         )
     except Exception as error:
@@ -253,12 +253,14 @@ def stored_dim(shape: Sequence[int], parameter_shape: Sequence[int], dim: int) -
 
 def _skeleton(folder: Path) -> PreTrainedModel:
     """The model of a folder's config.json without weights (on the meta device)."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    from compress.models import model_class
 
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return model_class(config).from_config(config)
     except Exception as error:
         raise CompressError(f"{folder}: its config.json gives no causal language model ({error})") from error
 

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from compress.activations import Activations, Where
+from compress.errors import UsageError
 from compress.moe.mixture import Mixture, Routed, find_mixture, inputs_of, joined, observing
 from compress.moe.profile_store import LayerProfile, ProfileStore
 from compress.moe.quantize_expert import Tokens, measure_change, quantize_expert
 from compress.quantize.quantizer import Quantizer
 from compress.stream import StreamedModel
 from compress.structure import Block
-from compress.walk import BlockCall, catch_calls, eager_experts, evaluating, measuring, skipped
+from compress.walk import Batch, BlockCall, catch_calls, eager_experts, evaluating, measuring, skipped
 from compress.weights import WeightRef
 
 Progress = Callable[[int, int, str], None]  # experts done, experts in all, what is being done
@@ -34,7 +35,7 @@ Pairs = Sequence[tuple[int, int]]
 def profile_experts(
     streamed: StreamedModel,
     refs: Sequence[WeightRef],
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch],
     pairs: Pairs,
     quantizer: Quantizer,
     store: ProfileStore,
@@ -47,10 +48,14 @@ def profile_experts(
 ) -> bool:
     """Measure all experts of a model into `store`; layers that it has are passed over. Returns False when it was asked to stop.
 
-    batches: calibration token ids, int64 `[batch, length]`, all of one shape. pairs: candidates, (bits, group size). scratch: folder for
-    hidden states with cache "disk". Memory: one block, the hidden states of one layer (with `fisher` of all), one expert's Hessians.
+    batches: calibration token ids, int64 `[batch, length]`, or keyword arguments of the model; with `fisher` token ids of one length.
+    pairs: candidates, (bits, group size). scratch: folder for hidden states with cache "disk". Memory: one block, the hidden states of one
+    layer (with `fisher` of all), one expert's Hessians.
     """
     model, blocks = streamed.model, streamed.blocks
+    texts = [batch for batch in batches if isinstance(batch, Tensor)]
+    if fisher and len(texts) < len(batches):
+        raise UsageError("gradients are measured on token ids alone: take the images out, or the fisher cost")
     with measuring(model):
         caught = list(catch_calls(model, blocks, list(batches)))
     calls = [call for _, call in caught]
@@ -100,7 +105,7 @@ def profile_experts(
         with streamed.holding(block), measuring(model):
             for i, call in enumerate(calls):
                 kept.put(block.index + 1, i, call[block.index].run(kept.get(block.index, i)))
-    gradients = [_loss_gradient(model, blocks, batch, kept.get(len(blocks), i)) for i, batch in enumerate(batches)]
+    gradients = [_loss_gradient(model, blocks, ids, kept.get(len(blocks), i)) for i, ids in enumerate(texts)]
     for block in reversed(blocks):
         if asked_to_stop():
             return False
@@ -167,15 +172,20 @@ class _States:
     def __init__(self, layers: int, first: Sequence[Tensor], cache: Where, scratch: Path | None) -> None:
         file = scratch / "states" if cache == "disk" and scratch is not None else None
         self._rows, self._device = len(first), first[0].device
-        self._data = Activations(layers * len(first), first[0].shape, first[0].dtype, file)
+        self._sequences = [len(state) for state in first]  # the last batch may have fewer
+        largest = (max(self._sequences), *first[0].shape[1:])
+        self._data = Activations(layers * len(first), largest, first[0].dtype, file)
         for i, state in enumerate(first):
             self.put(0, i, state)
 
     def put(self, layer: int, index: int, state: Tensor) -> None:
-        self._data[layer * self._rows + index] = state
+        self._kept(layer, index).copy_(state)
 
     def get(self, layer: int, index: int) -> Tensor:
-        return self._data[layer * self._rows + index].to(self._device)
+        return self._kept(layer, index).to(self._device)
+
+    def _kept(self, layer: int, index: int) -> Tensor:
+        return self._data[layer * self._rows + index][: self._sequences[index]]
 
     def layer(self, layer: int) -> list[Tensor]:
         return [self.get(layer, i) for i in range(self._rows)]

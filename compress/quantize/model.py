@@ -25,7 +25,7 @@ from compress.quantize.store import QuantizedStore
 from compress.recipe_quantize import RestSection
 from compress.stream import StreamedModel
 from compress.structure import Block
-from compress.walk import catch_calls, measuring
+from compress.walk import Batch, catch_calls, measuring
 from compress.weights import WeightRef
 
 Progress = Callable[[int, int, str], None]
@@ -60,7 +60,7 @@ def rest_widths(refs: Sequence[WeightRef], rules: Sequence[RestSection], group_s
 def quantize_model(
     streamed: StreamedModel,
     refs: Sequence[WeightRef],
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch],
     widths: Mapping[int, Sequence[Widths]],
     rest: Mapping[str, tuple[int, int]],
     quantizer: Quantizer,
@@ -71,8 +71,9 @@ def quantize_model(
 ) -> bool:
     """Quantise all experts (`widths`: layer -> expert -> role -> bits and group size) and the matrices in `rest`.
 
-    batches: calibration token ids, int64 `[batch, length]`. A model in memory has its weights as before afterwards. Returns False when it
-    was asked to stop. Memory: one block, the hidden states that enter it, and the Hessians of one expert or of the block's other matrices.
+    batches: calibration token ids, int64 `[batch, length]`, or keyword arguments of the model. A model in memory has its
+    weights as before afterwards. Returns False when it was asked to stop. Memory: one block, the hidden states that enter it, and the
+    Hessians of one expert or of the block's other matrices.
     """
     model, blocks = streamed.model, streamed.blocks
     with measuring(model):

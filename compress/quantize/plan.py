@@ -78,7 +78,9 @@ def plan_quantize(recipe: QuantizeRecipe) -> QuantizePlan:
     mixtures = [m for b in blocks if (m := find_mixture(model, b, refs)) is not None]
     if not mixtures:
         raise UsageError(f"{wanted.source} has no mixture of experts; it is a dense model")
-    tokens = recipe.samples * recipe.data.seqlen
+    # A sample with an image is counted as long as one of text: how long it is only the processor knows. What a model with DeepStack
+    # adds between its first blocks is not counted.
+    tokens = (recipe.samples + (recipe.images.samples if recipe.images else 0)) * recipe.data.seqlen
     sizes = [sum(p.numel() * p.element_size() for p in b.module.parameters()) for b in blocks]
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
     hidden = max(e.refs[r].shape[1] for m in mixtures for e in m.experts[:1] for r in m.roles)

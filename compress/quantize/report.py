@@ -58,8 +58,9 @@ def write_quantize_report(
 
 
 def _source(recipe: QuantizeRecipe) -> str:
+    images = "" if recipe.images is None else f", {recipe.images.samples} images with text"
     return (
-        f"<p class=note>{html.escape(recipe.model.source)}; {recipe.samples} sequences of {recipe.data.seqlen} calibration tokens; "
+        f"<p class=note>{html.escape(recipe.model.source)}; {recipe.samples} sequences of {recipe.data.seqlen} calibration tokens{images}; "
         f"quantiser {recipe.quantizer.method}. compress {__version__}</p>"
     )
 

@@ -22,11 +22,13 @@ from compress.measure import eval_texts, measure_text, text_source
 from compress.moe.mixture import Mixture, find_mixture
 from compress.moe.rerouted import comparing
 from compress.quantize.grid import Kind
+from compress.quantize.images import image_batches
 from compress.quantize.quantizer import Quantizer
 from compress.quantize.store import QuantizedStore, put_into
 from compress.recipe_quantize import QuantizeRecipe
 from compress.stream import StreamedModel, open_streamed
 from compress.structure import Block
+from compress.walk import Batch
 from compress.weights import WeightRef, by_parameter, find_weights
 from maskllm.storage import mask_digest
 
@@ -35,14 +37,15 @@ _BATCH = 8  # calibration sequences a forward pass
 
 @dataclass
 class QuantizeSession:
-    """What a run works on. batches: calibration token ids, int64 `[8, seqlen]`; blocks: all sequences, for tuning."""
+    """What a run works on. batches: calibration token ids, int64 `[8, seqlen]`, then keyword arguments of the model, one for each sample
+    with an image; blocks: all sequences of text, for tuning."""
 
     recipe: QuantizeRecipe
     streamed: StreamedModel
     refs: list[WeightRef]
     mixtures: dict[int, Mixture]
     blocks: TokenBlocks
-    batches: list[Tensor]
+    batches: list[Batch]
     texts: dict[str, EvalText]
 
     def quantizer(self, method: str | None = None) -> Quantizer:
@@ -65,7 +68,7 @@ class QuantizeSession:
     @functools.cached_property
     def identity(self) -> dict[str, str]:
         """What a profile must share with the run that uses it."""
-        tokens = hashlib.sha256(b"".join(batch.numpy().tobytes() for batch in self.batches)).hexdigest()
+        tokens = hashlib.sha256(b"".join(_bytes_of(batch) for batch in self.batches)).hexdigest()
         method = self.recipe.profile.method or self.recipe.quantizer.method
         fisher = self.recipe.allocate.mode == "fisher"
         return {
@@ -144,6 +147,17 @@ class QuantizeSession:
         return row
 
 
+def _bytes_of(batch: Batch) -> bytes:
+    """What tells a batch from others: its token ids, or names, shapes and bytes of its tensors."""
+    if isinstance(batch, Tensor):
+        return batch.numpy().tobytes()
+    parts = []
+    for name, value in sorted(batch.items()):
+        raw = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        parts.append(f"{name} {tuple(value.shape)} {value.dtype}\n".encode() + raw)
+    return b"".join(parts)
+
+
 def _open(recipe: QuantizeRecipe, *, masked: bool = True) -> StreamedModel:
     wanted = recipe.model
     opened = open_streamed(
@@ -205,15 +219,35 @@ def prepare(recipe: QuantizeRecipe) -> QuantizeSession:
         raise UsageError(
             f"samples is {recipe.samples}, but the text holds only {len(blocks)} sequences of {recipe.data.seqlen} tokens"
         )
-    batches = list(blocks.batch(0, recipe.samples).split(_BATCH))
+    batches: list[Batch] = list(blocks.batch(0, recipe.samples).split(_BATCH))
+    with_images = _images(recipe, streamed)
+    batches += with_images
     experts = sum(len(m.experts) for m in mixtures.values())
     weights = sum(expert.weights for m in mixtures.values() for expert in m.experts)
     how = "one block in memory at a time" if streamed.streamed else "in memory"
     console.log.print(
         f"{recipe.model.source}, {how}: {experts} experts in {len(mixtures)} layers, {weights:,} weights; {recipe.samples} x "
-        f"{recipe.data.seqlen} calibration tokens"
+        f"{recipe.data.seqlen} calibration tokens" + (f", and {len(with_images)} images with text" if with_images else "")
     )
     return QuantizeSession(recipe, streamed, refs, mixtures, blocks, batches, texts)
+
+
+def _images(recipe: QuantizeRecipe, streamed: StreamedModel) -> list[dict[str, Tensor]]:
+    """The samples with images. Raises UsageError for those longer than the model's positions, and what `image_batches` raises."""
+    if recipe.images is None:
+        return []
+    with console.log.status("reading the images"):
+        found = image_batches(
+            recipe.images,
+            streamed.loaded,
+            seed=recipe.seed,
+            revision=recipe.model.revision,
+            trust_remote_code=recipe.model.trust_remote_code,
+        )
+    limit, longest = positions(streamed.model), max(inputs["input_ids"].shape[1] for inputs in found)
+    if limit and longest > limit:
+        raise UsageError(f"an image with its text takes {longest} tokens, but {recipe.model.source} has {limit} positions")
+    return found
 
 
 def other_size(session: QuantizeSession, rest: dict[str, tuple[int, int]], skip: Sequence[str] = ()) -> tuple[int, int]:
