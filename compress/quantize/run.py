@@ -113,9 +113,16 @@ def _stages(session: QuantizeSession, run: RunDir, stage: Stage, stop: StopFlag,
     if stage == "run" and recipe.export.format != "none":
         from compress.export.quantized import export_quantized
 
-        export_quantized(
-            run.path, run.path / "model", recipe.export.format, promote=recipe.export.promote, metrics=rows, overwrite=True
-        )
+        with console.task("packing", 1) as bar:
+            export_quantized(
+                run.path,
+                run.path / "model",
+                recipe.export.format,
+                promote=recipe.export.promote,
+                metrics=rows,
+                overwrite=True,
+                progress=lambda done, total, note: bar.update(done, note, total),
+            )
     write_quantize_report(run, recipe, rows, profiles, widths, facts, _notes(session, store))
     write_atomic(run.summary, json.dumps(rows, indent=1))
     return QuantizeResult(run.path, rows, profiles, facts)
