@@ -6,6 +6,7 @@ After it `AutoModelForCausalLM.from_pretrained(folder)` (`AutoModelForImageTextT
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,13 +41,13 @@ class _PackedQuantizer(HfQuantizer):
     requires_calibration = True  # in transformers' words: it loads what was packed before, and packs nothing itself
     matrices: list[Any]  # packed parameters: each has the `name` and `shape` of the dense one
 
+    @abstractmethod
     def _install(self, model: PreTrainedModel, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> list[Any]:
         """Check `tensors` against the configuration, put the modules in, and return the packed parameters."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _check(self, model: PreTrainedModel) -> None:
         """Raise CompressError when the loaded tensors are damaged."""
-        raise NotImplementedError
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any

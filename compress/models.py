@@ -141,7 +141,7 @@ def load_model(
         config = AutoConfig.from_pretrained(
             found.location, **found.arguments, revision=revision, trust_remote_code=trust_remote_code
         )
-        found_model: Any = model_class(config).from_pretrained(found.location, **found.arguments, **options)
+        found_model: Any = model_class(config).from_pretrained(found.location, config=config, **found.arguments, **options)
         model, report = found_model
         _check_complete(source, report)
         words: Any = load_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code) if tokenizer else None
