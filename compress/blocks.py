@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from compress import console
 from compress.activations import Activations, scratch_folder
@@ -33,7 +32,7 @@ from compress.rundir import RunDir
 from compress.session import Session
 from compress.settings import block_settings
 from compress.structure import Block, decoder_blocks
-from compress.walk import BlockCall, catch_calls, check_inside, evaluating, measuring
+from compress.walk import BlockCall, catch_calls, check_inside, evaluating, measuring, placed
 from compress.weights import ParameterRef
 from compress_kernels.gumbel import stream_key
 from maskllm.blockwise import BlockLearner, BlockResult, applied
@@ -128,7 +127,7 @@ class _Stage:
         with console.task("learning block by block", len(self.learned) * steps, self.finished * steps) as bar:
             states = self._enter(scratch)
             for block in self.blocks:
-                with _placed(block.module, self.device):
+                with placed(block.module, self.device):
                     calls = _on_device([call[block.index] for call in states.calls], self.device)
                     seen = self._dense_pass(block, states, calls)
                     if block.index in self.learned[self.finished :]:
@@ -261,17 +260,6 @@ class _Stage:
                 f"[yellow]block {block.index}: {len(starved)} experts' matrices saw fewer than {self.section.min_tokens} tokens and keep "
                 f"their prior: {', '.join(starved[:4])}{' ...' if len(starved) > 4 else ''}[/]"
             )
-
-
-@contextmanager
-def _placed(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Within it the module is on a device; then it is back where it was."""
-    home = next(module.parameters()).device
-    module.to(device)
-    try:
-        yield
-    finally:
-        module.to(home)
 
 
 def _on_device(calls: list[BlockCall], device: torch.device) -> list[BlockCall]:

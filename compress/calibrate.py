@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from compress.capture import InputCapture, InputStats
 from compress.errors import CompressError
 from compress.structure import Block, decoder_blocks
-from compress.walk import catch_calls, check_inside, measuring
+from compress.walk import catch_calls, check_inside, measuring, placed
 from compress.weights import WeightRef
 
 
@@ -24,7 +24,7 @@ def walk_blocks(
 
     `batches` are token ids, int64 `[batch, length]`, or the model's keyword arguments. Between two steps the caller may alter
     the yielded block's weights in place: the next block is measured on the outputs of the altered one. Memory holds the hidden
-    states of all batches and the statistics of one block.
+    states of all batches and the statistics of one block. A block that is elsewhere than the hidden states is with them until the next step.
 
     Raises UsageError for no batches or for matrices outside the blocks; CompressError when a matrix takes part in no product
     and for models whose blocks cannot be run one after the other.
@@ -41,19 +41,20 @@ def walk_blocks(
     for block in blocks:
         here = [ref for ref in refs if ref.layer == block.index]
         stats: dict[str, InputStats] = {}
-        if here:
-            with measuring(model), InputCapture(here, gram) as capture:
-                for state, call in zip(states, calls, strict=True):
-                    call[block.index].run(state)
-            if unseen := capture.unseen():
-                raise CompressError(
-                    f"{', '.join(unseen)}: the model ran without any product with this weight that calibration recognises; exclude it"
-                )
-            stats = capture.stats()
-            del capture
-        yield block, stats
-        stats = {}
-        if block is not blocks[-1]:
-            with measuring(model):
-                for i, call in enumerate(calls):
-                    states[i] = call[block.index].run(states[i])
+        with placed(block.module, states[0].device):
+            if here:
+                with measuring(model), InputCapture(here, gram) as capture:
+                    for state, call in zip(states, calls, strict=True):
+                        call[block.index].run(state)
+                if unseen := capture.unseen():
+                    raise CompressError(
+                        f"{', '.join(unseen)}: the model ran without any product with this weight that calibration recognises; exclude it"
+                    )
+                stats = capture.stats()
+                del capture
+            yield block, stats
+            stats = {}
+            if block is not blocks[-1]:
+                with measuring(model):
+                    for i, call in enumerate(calls):
+                        states[i] = call[block.index].run(states[i])

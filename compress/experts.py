@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from compress.calibrate import walk_blocks
 from compress.capture import InputCapture
 from compress.walk import measuring
 from compress.weights import ParameterRef, WeightRef
@@ -18,6 +19,15 @@ def count_tokens(model: nn.Module, refs: Sequence[WeightRef], batches: Sequence[
         for batch in batches:
             model(input_ids=batch.to(next(model.parameters()).device), use_cache=False)
     return {name: stats.tokens for name, stats in capture.stats().items()}
+
+
+def count_tokens_walking(model: nn.Module, refs: Sequence[WeightRef], batches: Sequence[Tensor]) -> dict[str, int]:
+    """As `count_tokens`, block by block, for a model whose blocks are elsewhere while they do not run. Raises what `walk_blocks` raises."""
+    experts = [ref for ref in refs if ref.expert is not None]
+    found: dict[str, int] = {}
+    for _, stats in walk_blocks(model, experts, batches, gram=False):
+        found |= {name: seen.tokens for name, seen in stats.items()}
+    return found
 
 
 def tokens_by_expert(refs: Sequence[WeightRef], seen: Mapping[str, int]) -> dict[str, list[int]]:

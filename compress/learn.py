@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compress import __version__, console
 from compress.blocks import learn_blocks
-from compress.experts import count_tokens, tokens_by_expert
+from compress.experts import count_tokens, count_tokens_walking, tokens_by_expert
 from compress.fallback import tell_missing
 from compress.heap import give_back
 from compress.interrupt import Interrupted, StopFlag, stoppable
@@ -54,7 +54,7 @@ def learn_mask(recipe: LearnMaskRecipe, out: Path, *, resume: bool, resume_comma
         _learn_along(recipe, RunDir(out), processes)
         return None
     run = RunDir.check(out, dump_recipe(recipe), resume)
-    session = prepare(recipe)
+    session = prepare(recipe, host_blocks=processes.shard == "weights")
     if session.loaded.model.device.type == "cpu":
         tell_missing("gumbel", "loss")
     run.create(dump_recipe(recipe))
@@ -62,6 +62,7 @@ def learn_mask(recipe: LearnMaskRecipe, out: Path, *, resume: bool, resume_comma
         prior, rows = prior_and_baselines(session, run, stop, resume_command)
         give_back()
         masks = prior
+        scores: dict[str, float] | None = None
         if recipe.learn.scope != "model":
             masks = learn_blocks(session, run, prior, stop, resume_command)
         if recipe.learn.scope == "block-then-model" and session.texts:
@@ -77,19 +78,21 @@ def learn_mask(recipe: LearnMaskRecipe, out: Path, *, resume: bool, resume_comma
             try:
                 _train(session, run, learner, processes, stop, resume_command)
                 masks = learner.masks()
+                scores = _measured_together(session, learner, processes)
             finally:
-                learner.close()
+                learner.close(gather=False)  # one process may end alone here, and none needs the weights again
             del learner
             give_back()
-    with session.holding(masks):
-        scores = session.measure("learned")
+    if scores is None:
+        with session.holding(masks):
+            scores = session.measure("learned")
     rows.append(summary_row("learned", scores))
     return _finish(session, run, masks, difference(masks, prior, session.pattern, session.contracted), rows)
 
 
 def _learn_along(recipe: LearnMaskRecipe, run: RunDir, processes: Processes) -> None:
     """What every process but the first does: its share of every step, and of what reads masks that are shared out."""
-    session = prepare(recipe)
+    session = prepare(recipe, host_blocks=processes.shard == "weights")
     processes.wait()
     prior = dict(load_masks(run.prior).masks)
     learner = _learner(session, run, processes, prior, prior)
@@ -98,7 +101,17 @@ def _learn_along(recipe: LearnMaskRecipe, run: RunDir, processes: Processes) -> 
         _train(session, run, learner, processes, stop, "")
         if processes.sharded:
             learner.masks()
-    learner.close()
+        _measured_together(session, learner, processes)
+    learner.close(gather=False)
+
+
+def _measured_together(session: Session, learner: Learner, processes: Processes) -> dict[str, float] | None:
+    """The measurements of the learned mask where no process has the weights whole, so that all have to take part; else None."""
+    if processes.shard != "weights":
+        return None
+    give_back()
+    with learner.final():
+        return session.measure("learned")
 
 
 def _block_row(session: Session, run: RunDir, masks: dict[str, Tensor]) -> dict[str, Any]:
@@ -115,7 +128,8 @@ def _note_experts(session: Session, run: RunDir) -> None:
     """Record how many tokens of the calibration text reach each expert: which ones end-to-end learning can say something about."""
     if run.read_metrics_of("experts") or not any(ref.expert is not None for ref in session.refs):
         return
-    seen = count_tokens(session.loaded.model, session.refs, session.calibration)
+    count = count_tokens_walking if session.hosted else count_tokens
+    seen = count(session.loaded.model, session.refs, session.calibration)
     run.append_metric({"kind": "experts", "step": 0, "expert_tokens": tokens_by_expert(session.refs, seen)})
 
 
@@ -129,8 +143,11 @@ def _learner(session: Session, run: RunDir, processes: Processes, prior: dict[st
     blocks = [block.module for block in decoder_blocks(session.loaded.model)] if settings.checkpoint_activations else []
     model = session.loaded.model
     processes.expect_idle(session.refs)
-    accelerator, sharded = processes.accelerator, processes.sharded
-    learner = Learner(model, targets, session.pattern, settings, logits, prior, accelerator, store, blocks, sharded)
+    if session.hosted is not None:
+        session.hosted.close()
+        session.hosted = None
+    accelerator, shard = processes.accelerator, processes.shard
+    learner = Learner(model, targets, session.pattern, settings, logits, prior, accelerator, store, blocks, shard)
     learner.resume()
     return learner
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, parse_flag_from_env
 
 from compress import console
 from compress.errors import UsageError
@@ -20,6 +21,7 @@ from compress.models import pick_device
 from compress.recipe import LearnMaskRecipe
 from compress.recipe_routing import LearnRoutingRecipe
 from compress.weights import WeightRef
+from maskllm.sharding import Sharding
 
 _PATIENCE = timedelta(hours=12)  # the others wait while the first prunes and measures
 
@@ -29,11 +31,16 @@ class Processes:
     """The processes of this run, seen from this one."""
 
     accelerator: Accelerator
-    sharded: bool = False  # each keeps its own share of the logits, and all of them take part in whatever reads a mask
+    shard: Sharding = "none"  # what each keeps only its own share of; all of them take part in whatever reads a mask
 
     @classmethod
     def join(cls, recipe: LearnMaskRecipe | LearnRoutingRecipe) -> Processes:
         """Meet the others, if there are any. Raises UsageError for what several processes cannot do."""
+        # Refused rather than taken for learn.shard: weights. What an FSDP launch says of wrapping, offload and state dicts would not be done,
+        # and transformers obeys its variables too: by default (--fsdp_cpu_ram_efficient_loading) all processes but the first of a machine
+        # leave their weights unread. Asked before accelerate sees the variables, at which it fails where there is no GPU.
+        if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+            _refuse_wrapping(DistributedType.FSDP.value)
         handlers = [
             InitProcessGroupKwargs(timeout=_PATIENCE),
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
@@ -41,18 +48,20 @@ class Processes:
         accelerator = Accelerator(cpu=pick_device(recipe.model.device).type == "cpu", kwargs_handlers=handlers)
         if accelerator.num_processes > 1:
             if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-                raise UsageError(
-                    f"{accelerator.distributed_type.value} is not what shares a mask out over processes here; launch with --multi_gpu, and set "
-                    "learn.shard: true where logits and optimizer state do not fit into each GPU"
-                )
+                _refuse_wrapping(accelerator.distributed_type.value)
             if isinstance(recipe, LearnMaskRecipe) and recipe.learn.scope != "model":
                 raise UsageError(
                     f"learn.scope: {recipe.learn.scope} runs in one process; launch it without accelerate or torchrun"
                 )
             if not accelerator.is_main_process:
                 console.log.quiet = True
-        shard = isinstance(recipe, LearnMaskRecipe) and recipe.learn.shard
-        return cls(accelerator, shard and accelerator.num_processes > 1)
+        shard = recipe.learn.shard if isinstance(recipe, LearnMaskRecipe) else "none"
+        return cls(accelerator, shard if accelerator.num_processes > 1 else "none")
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process keeps only its share of something."""
+        return self.shard != "none"
 
     @property
     def first(self) -> bool:
@@ -68,7 +77,7 @@ class Processes:
         if idle and self.sharded:
             raise UsageError(
                 "learn.shard needs every process to read the same weights, but these experts are modules that only run where a token reaches "
-                "them; set learn.shard to false"
+                "them; set learn.shard to none"
             )
         if self.accelerator.ddp_handler is not None:
             self.accelerator.ddp_handler.find_unused_parameters = idle
@@ -83,3 +92,10 @@ class Processes:
             return flag
         total = self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device))
         return bool(total.item() > 0)
+
+
+def _refuse_wrapping(kind: str) -> NoReturn:
+    raise UsageError(
+        f"{kind} would wrap the model in a way of its own, which is not used here; launch with --multi_gpu (or torchrun), and to learn masks of "
+        "a model that does not fit into each GPU set learn.shard: weights (logits where only logits and optimizer state do not fit)"
+    )

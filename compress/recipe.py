@@ -200,11 +200,29 @@ class LearnSection(Section):
         False,
         description="Keep only what enters each block and compute the block again in the backward pass: a third more time, far less memory",
     )
-    shard: bool = Field(
-        False,
-        description="Of several processes each keeps only its share of logits, gradients and optimizer state; the model stays whole in each",
+    shard: Literal["none", "logits", "weights"] = Field(
+        "none",
+        description="What several processes share out, each keeping its own rows: logits, with gradients and optimizer state; or weights, "
+        "which shares out the frozen weights under the masks too, and needs checkpoint_activations",
     )
     save_minutes: float = Field(10.0, gt=0, description="Write a checkpoint this often")
+
+    @field_validator("shard", mode="before")
+    @classmethod
+    def _shard(cls, value: object) -> object:
+        if isinstance(value, bool):
+            now = "logits, or weights to share out the frozen weights too" if value else "none"
+            raise ValueError(f"write {now}, in place of {str(value).lower()}")
+        return value
+
+    @model_validator(mode="after")
+    def _shared_weights(self) -> LearnSection:
+        if self.shard == "weights" and not self.checkpoint_activations:
+            raise ValueError(
+                "shard: weights needs checkpoint_activations: true; without it every process keeps all masked weights whole until the backward "
+                "pass, as much as it would save"
+            )
+        return self
 
     @model_validator(mode="after")
     def _some_loss(self) -> LearnSection:

@@ -15,6 +15,7 @@ from compress import console
 from compress.data import TokenBlocks, tokenize
 from compress.errors import UsageError
 from compress.evaluate import EvalText, evaluate_tokens, positions, token_windows
+from compress.hosted import HostedBlocks
 from compress.measure import WINDOW_TOKENS, eval_texts, measure_text, text_source
 from compress.models import LoadedModel, fingerprint, load_model, pick_device
 from compress.prune import Method, Pruned, prune_one_shot
@@ -31,7 +32,10 @@ _CALIBRATION_BATCH = 8  # sequences calibrated at once
 
 @dataclass
 class Session:
-    """A loaded model with everything a run reads: the weights to mask, texts to learn from and to measure on."""
+    """A loaded model with everything a run reads: the weights to mask, texts to learn from and to measure on.
+
+    hosted: of a model whose blocks come to its device only to run. Learning closes it: it takes to the device what it needs.
+    """
 
     recipe: LearnMaskRecipe
     loaded: LoadedModel
@@ -42,6 +46,7 @@ class Session:
     calibration: list[Tensor]
     block_batches: list[Tensor]  # to learn from block by block, in micro-batches, those held out last; none with scope `model`
     texts: dict[str, EvalText]
+    hosted: HostedBlocks | None = None
 
     @functools.cached_property
     def identity(self) -> dict[str, str]:
@@ -135,8 +140,11 @@ class Session:
         return windows[: recipe.evaluate.every_limit or wanted.limit]
 
 
-def prepare(recipe: LearnMaskRecipe) -> Session:
-    """Load model and texts and check that they fit the recipe. Writes nothing."""
+def prepare(recipe: LearnMaskRecipe, *, host_blocks: bool = False) -> Session:
+    """Load model and texts and check that they fit the recipe. Writes nothing.
+
+    host_blocks: leave the decoder blocks in the host's memory, from where they go to the model's device one at a time.
+    """
     pattern = Pattern.parse(recipe.pattern)
     wanted = recipe.model
     texts = eval_texts(recipe.evaluate.texts)
@@ -144,10 +152,12 @@ def prepare(recipe: LearnMaskRecipe) -> Session:
         loaded = load_model(
             wanted.source,
             dtype=wanted.dtype,
-            device=wanted.device,
+            device="cpu" if host_blocks else wanted.device,
             revision=wanted.revision,
             trust_remote_code=wanted.trust_remote_code,
         )
+    device = pick_device(wanted.device)
+    hosted = HostedBlocks(loaded.model, device) if host_blocks and device.type != "cpu" else None
     refs = find_weights(loaded.model, recipe.weights.include, recipe.weights.exclude)
     for ref in refs:
         pattern.check_divides(ref.shape[1], ref.name)
@@ -193,4 +203,4 @@ def prepare(recipe: LearnMaskRecipe) -> Session:
         f"{wanted.source}: {len(refs)} matrices, {sum(p.refs[0].parameter.numel() for p in parameters):,} weights to mask {pattern}; "
         f"{len(tokens):,} tokens of text, {', '.join(how)}"
     )
-    return Session(recipe, loaded, pattern, refs, parameters, blocks, calibration, block_batches, texts)
+    return Session(recipe, loaded, pattern, refs, parameters, blocks, calibration, block_batches, texts, hosted)

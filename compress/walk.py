@@ -63,6 +63,17 @@ def measuring(model: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def placed(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Within it the module is on a device; then it is back where it was."""
+    home = next(module.parameters()).device
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to(home)
+
+
 def check_inside(refs: Sequence[WeightRef]) -> None:
     """Raise UsageError for matrices outside the decoder blocks."""
     outside = [ref.name for ref in refs if ref.layer is None]

@@ -31,6 +31,7 @@ from maskllm.parametrization import MaskState, MaskTarget, attach, detach
 from maskllm.patterns import Pattern
 from maskllm.recompute import checkpoint_blocks
 from maskllm.settings import LearnSettings
+from maskllm.sharding import Sharding
 from maskllm.storage import difference
 from maskllm.update import LogitUpdates, check_settings
 
@@ -57,8 +58,9 @@ class Learner:
     """Learns masks over `targets` of `model`, starting from `logits`; `prior` is the mask that flips are counted against.
 
     logits: emptied, so that they are not kept beside those that move; converted to the dtype that the settings keep them in.
-    blocks: the modules that `checkpoint_activations` recomputes, in any order. sharded: the processes share logits, gradients and moments out
-    (`maskllm.sharding`); all of them must then call every method, in the same order. Raises MaskError for settings that do not go together.
+    blocks: the modules that `checkpoint_activations` recomputes, in any order. shard: what several processes share out
+    (`maskllm.sharding`); unless it is nothing, all of them must call every method, in the same order. With `weights` the model may be on the
+    CPU: of the masked weights each process takes only its own rows to its device. Raises MaskError for settings that do not go together.
     """
 
     model: nn.Module
@@ -70,7 +72,7 @@ class Learner:
     accelerator: Accelerator
     store: CheckpointStore | None = None
     blocks: Sequence[nn.Module] = ()
-    sharded: bool = False
+    shard: Sharding = "none"
     step: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -81,7 +83,8 @@ class Learner:
                 f"batch {s.batch} is not a multiple of micro_batch {s.micro_batch} times {self.accelerator.num_processes} processes; change one"
             )
         self._micro_batches = s.batch // share
-        self._sharded = self.sharded and self.accelerator.num_processes > 1
+        self._shard: Sharding = self.shard if self.accelerator.num_processes > 1 else "none"
+        self._sharded = self._shard != "none"
         check_settings(s, self._micro_batches)
         self._check_memory_settings()
         for parameter in self.model.parameters():
@@ -95,17 +98,19 @@ class Learner:
             penalised=s.regulariser > 0,
             processes=self.accelerator.num_processes,
             rank=self.accelerator.process_index,
-            sharded=self._sharded,
+            shard=self._shard,
         )
         start = {name: self.logits.pop(name).to(logit_dtype(s.state)) for name in list(self.logits)}
-        self.weights = attach(self.targets, self.state, start)
+        self.weights = attach(self.targets, self.state, start, self.accelerator.device if self._sharded else None)
+        if self._sharded:
+            self.model.to(self.accelerator.device)  # what is left of it
         self._head = find_head(self.model)
         self.updates = LogitUpdates(self.weights, self.state, s, self._micro_batches)
         # Precision is this class's own business (autocast below): accelerate's would turn the logits back into float32 copies.
         # Shards average their gradients themselves, with nothing around the model.
-        self._prepared = self.model.to(self.accelerator.device) if self._sharded else self.accelerator.prepare(self.model)
+        self._prepared = self.model if self._sharded else self.accelerator.prepare(self.model)
         # Fused experts read their weight once an expert; the mask is made once a pass, or by `checkpoint_blocks` once a block.
-        fused = any(getattr(t.module, t.parameter_name).dim() > 2 for t in self.targets)
+        fused = any(len(mask.shape) > 2 for mask in self.weights.values())
         self._cached = fused and not s.checkpoint_activations
         self._release = checkpoint_blocks(self.blocks if s.checkpoint_activations else ())
 
@@ -117,12 +122,22 @@ class Learner:
                 "step_in_backward, and a sum over micro-batches in a state other than float32, act before gradients are averaged over processes; "
                 "use one process, share the logits out (shard), or set step_in_backward to false and state to float32"
             )
+        if self._shard == "weights" and not s.checkpoint_activations:
+            raise MaskError(
+                "weights can be shared out (shard) with checkpoint_activations alone: without it autograd keeps every masked weight whole, in each "
+                "process, until the backward pass"
+            )
         if s.checkpoint_activations and not self.blocks:
             raise MaskError("checkpoint_activations needs the blocks of the network: give `blocks`")
 
-    def close(self) -> None:
-        """Take the masks off the model; its weights are untouched."""
-        detach(self.targets)
+    def close(self, *, gather: bool = True) -> None:
+        """Take the masks off the model; its weights are untouched.
+
+        Weights that were shared out are gathered to where they were before, which all processes must do together. gather=False leaves them
+        and their masks as they are, for processes that do not end together or will not use the model again.
+        """
+        if gather or self._shard != "weights":
+            detach(self.targets)
         self._release()
         self.updates.close()
 

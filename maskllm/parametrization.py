@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from compress_kernels.gumbel import Draw, stream_key
 from maskllm.errors import MaskError
 from maskllm.gumbel import Parametrization, hard_mask, logit_width, soft_masked_weight
 from maskllm.patterns import Pattern
-from maskllm.sharding import Shard, ShardedSoftMask
+from maskllm.sharding import Shard, ShardedSoftMask, Sharding
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,7 @@ class MaskState:
 
     noise adds Gumbel noise; hard is straight-through; penalised also sums w'^2. mode: `soft` draws masks to learn from, `final`
     multiplies by the mask the logits stand for now, `dense` computes with the original weights. processes, rank: how many learn together,
-    each on micro-batches of its own, and which this one is; sharded: they share the logits out (`maskllm.sharding`).
+    each on micro-batches of its own, and which this one is; shard: what they share out (`maskllm.sharding`).
     """
 
     pattern: Pattern
@@ -58,7 +58,7 @@ class MaskState:
     micro_batch: int = 0  # of this process: the number `rank` of those that the processes take at once
     processes: int = 1
     rank: int = 0
-    sharded: bool = False
+    shard: Sharding = "none"
 
     @contextmanager
     def using(self, mode: Literal["soft", "final", "dense"]) -> Iterator[None]:
@@ -74,7 +74,8 @@ class WeightMask(nn.Module):
     """The learnable mask of one weight: logits `[..., K/M, C]` or `[..., K/M, M]` over the weight with its contracted dimension last.
 
     Where the state is sharded, `logits` are this process's rows of them, `[rows, K/M, C or M]` with leading dimensions flattened, and every
-    method must be called by all processes.
+    method that takes or returns a whole weight or mask must be called by all processes. Where weights are shared out too, the parameter
+    under the mask is this process's rows of it, `[rows, K]`; whole weights are made anew whenever the network reads one.
     """
 
     table: Tensor
@@ -84,24 +85,26 @@ class WeightMask(nn.Module):
         self.state, self.layer, self.contracted_dim = state, layer, contracted_dim
         self.shape = (*logits.shape[:-2], logits.shape[-2] * state.pattern.m)  # of the weight, contracted dimension last
         self.shard: Shard | None = None
-        if state.sharded:
+        if state.shard != "none":
             rows = logits.reshape(-1, *logits.shape[-2:])
-            self.shard = Shard.of(len(rows), rows.shape[1] * rows.shape[2])
+            self.shard = Shard.of(len(rows), rows.shape[1] * rows.shape[2], state.rank, state.processes)
             logits = rows[self.shard.own].clone()
         self.logits = nn.Parameter(logits)
         self.register_buffer("table", state.pattern.candidates().to(logits), persistent=False)
+        self.home: torch.device | None = None  # where the weight was before it was shared out
         self.squared_norm: Tensor | None = None  # of the last forward pass, when the state is `penalised`
 
     def forward(self, weight: Tensor) -> Tensor:
         state = self.state
+        shared = state.shard == "weights"
         if state.mode == "dense":
-            return weight
+            return self.whole(weight) if shared else weight
         if state.mode == "final":
-            return weight * self.hard()
+            return self.whole(weight * self._own_mask()) if shared else weight * self.hard()
         device = weight.device.type
         # Under autocast the product wants this dtype anyway; made here, it costs no extra pass over the weight.
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        out, norm = self._soft(_moved(weight, self.contracted_dim, -1), dtype)
+        out, norm = self._soft(weight if shared else _moved(weight, self.contracted_dim, -1), dtype)
         self.squared_norm = norm if state.penalised else None
         return _moved(out, -1, self.contracted_dim)
 
@@ -109,12 +112,12 @@ class WeightMask(nn.Module):
         state = self.state
         if self.shard is not None:
             draws = [self._draw(state.micro_batch - state.rank + other) for other in range(state.processes)]
-            rows = weight.detach().reshape(-1, weight.shape[-1])
+            own = weight.detach() if state.shard == "weights" else self._own_of(weight.detach())
             scores = state.parametrization == "scores"
             out, norm = ShardedSoftMask.apply(
-                self.logits, rows, self.table, state.pattern.n, scores, draws, self.shard, dtype, state.penalised
+                self.logits, own, self.table, state.pattern.n, scores, draws, self.shard, dtype, state.penalised
             )
-            return out.view(weight.shape), norm
+            return out.view(self.shape), norm
         return soft_masked_weight(
             self.logits,
             weight,
@@ -134,10 +137,28 @@ class WeightMask(nn.Module):
     @torch.no_grad()
     def hard(self) -> Tensor:
         """The mask that the logits stand for now: bool, of the weight's own shape."""
-        mask = hard_mask(self.logits, self.state.pattern, self.state.parametrization)
+        mask = self._own_mask()
         if self.shard is not None:
             mask = self.shard.gather(mask).view(self.shape)
         return mask.movedim(-1, self.contracted_dim)
+
+    def own_rows(self, weight: Tensor) -> Tensor:
+        """A copy of this process's rows, `[own, K]`, of a whole weight."""
+        return self._own_of(weight.detach().movedim(self.contracted_dim, -1)).clone()
+
+    def whole(self, own: Tensor) -> Tensor:
+        """The whole weight of every process's rows `[own, K]` of it, with its elements in memory in the order of its dimensions."""
+        assert self.shard is not None
+        # That order is the network's: over another one a product may add up differently.
+        return _moved(self.shard.gather(own).view(self.shape), -1, self.contracted_dim).contiguous()
+
+    def _own_of(self, weight: Tensor) -> Tensor:
+        """The rows of this process, contracted dimension last."""
+        assert self.shard is not None
+        return weight.reshape(-1, weight.shape[-1])[self.shard.own]
+
+    def _own_mask(self) -> Tensor:
+        return hard_mask(self.logits, self.state.pattern, self.state.parametrization)
 
 
 def _moved(tensor: Tensor, source: int, to: int) -> Tensor:
@@ -145,9 +166,13 @@ def _moved(tensor: Tensor, source: int, to: int) -> Tensor:
     return tensor if source == to else tensor.movedim(source, to)
 
 
-def attach(targets: Iterable[MaskTarget], state: MaskState, logits: dict[str, Tensor]) -> dict[str, WeightMask]:
+def attach(
+    targets: Iterable[MaskTarget], state: MaskState, logits: dict[str, Tensor], device: torch.device | None = None
+) -> dict[str, WeightMask]:
     """Put a mask over every target. `logits[name]` starts it (`maskllm.gumbel.prior_logits`). Freezes the masked weights.
 
+    Weights that are shared out are replaced by this process's rows of them; whoever else holds such a parameter keeps all of it in memory.
+    device: where logits and these rows go, so that no more than they is ever there; by default where a weight is.
     Raises MaskError where M does not divide a contracted dimension or logits have the wrong shape.
     """
     masks: dict[str, WeightMask] = {}
@@ -160,15 +185,40 @@ def attach(targets: Iterable[MaskTarget], state: MaskState, logits: dict[str, Te
             raise MaskError(f"{target.name}: logits {tuple(logits[target.name].shape)} were given, but its masks take {expected}")
     for layer, target in enumerate(targets):
         weight = getattr(target.module, target.parameter_name)
-        mask = WeightMask(state, logits[target.name].to(weight.device), layer, target.contracted_dim)
+        mask = WeightMask(state, logits[target.name], layer, target.contracted_dim).to(device or weight.device)
         weight.requires_grad_(False)
         parametrize.register_parametrization(target.module, target.parameter_name, mask, unsafe=True)
+        if state.shard == "weights":
+            mask.home = weight.device
+            _replace(target, mask.own_rows(weight).to(mask.logits.device))
         masks[target.name] = mask
     return masks
 
 
 def detach(targets: Iterable[MaskTarget]) -> None:
-    """Take the masks away; every weight is again exactly what it was."""
+    """Take the masks away; every weight is again exactly what it was, and where it was.
+
+    Weights that were shared out are gathered one after the other, for which all processes must call it.
+    """
     for target in targets:
         if parametrize.is_parametrized(target.module, target.parameter_name):
+            mask, rows = _mask_and_parameter(target)
+            if mask.home is not None:
+                _replace(target, mask.whole(rows.detach()).to(mask.home))
             parametrize.remove_parametrizations(target.module, target.parameter_name, leave_parametrized=False)
+
+
+def own_parameter(target: MaskTarget) -> nn.Parameter:
+    """What is kept of a target's weight under its mask: the weight, or this process's rows `[own, K]` where weights are shared out."""
+    return _mask_and_parameter(target)[1]
+
+
+def _mask_and_parameter(target: MaskTarget) -> tuple[WeightMask, nn.Parameter]:
+    over: Any = target.module.parametrizations[target.parameter_name]  # type: ignore[index]
+    return over[0], over.original
+
+
+def _replace(target: MaskTarget, weight: Tensor) -> None:
+    """Let the mask of a target stand over another weight."""
+    over: Any = target.module.parametrizations[target.parameter_name]  # type: ignore[index]
+    over.original = nn.Parameter(weight, requires_grad=False)

@@ -25,19 +25,23 @@ def checkpoint_blocks(blocks: Iterable[nn.Module]) -> Callable[[], None]:
 
     Without gradients the blocks run as they did, but still make each mask once. Returns what undoes it.
     """
+    return wrap_forward(blocks, _recomputed)
+
+
+def wrap_forward(modules: Iterable[nn.Module], wrapper: Callable[..., Any]) -> Callable[[], None]:
+    """Let `wrapper(forward, *args, **kwargs)` stand for the forward of every module. Returns what undoes it."""
     replaced: list[tuple[nn.Module, Any]] = []
-    for block in {id(b): b for b in blocks}.values():
-        replaced.append(
-            (block, vars(block).get("forward"))
-        )  # set on the instance by those who wrap a forward, as accelerate does
-        block.__dict__["forward"] = functools.partial(_recomputed, block.forward)
+    for module in {id(m): m for m in modules}.values():
+        own = vars(module).get("forward")  # set on the instance by those who wrap a forward, as accelerate does
+        replaced.append((module, own))
+        module.__dict__["forward"] = functools.partial(wrapper, module.forward)
 
     def release() -> None:
-        for block, own in replaced:
+        for module, own in replaced:
             if own is None:
-                del block.__dict__["forward"]
+                del module.__dict__["forward"]
             else:
-                block.__dict__["forward"] = own
+                module.__dict__["forward"] = own
 
     return release
 

@@ -1,4 +1,4 @@
-"""Logits shared out over processes: each keeps the rows of every weight's logits that it moves, and makes the masks of those rows for all.
+"""Logits, and if wanted the frozen weights, shared out over processes: each keeps rows of every weight, and makes the masks of those rows for all.
 
 Where every process holds all logits (data parallel), each also holds all gradients and moments, 16 bytes a weight in float32. Sharded, a
 process holds a share of them, as ZeRO does (Rajbhandari et al., arXiv 1910.02054). What travels are masked weights and their
@@ -9,8 +9,11 @@ gradients in the type of the products, not logits, which are larger:
     backward  every process sends the gradient of the masked rows to their owner (all-to-all), who goes back through each one's mask
               and averages the gradients of the logits in float32
 
-so the average is that of data parallel learning, in the same order of addition. The frozen weights and the rest of the network stay whole in every
-process. A process must read the masked weights of a network in the same order as all others, as dense networks and fused experts do; experts
+so the average is that of data parallel learning, in the same order of addition. The owner of rows alone masks them, so with `weights` it is
+also the only one that keeps them; who computes with the dense or the final network gathers its weights as they are read, as stage 3 of
+ZeRO does. What is not masked (embeddings, norms, an output head) stays whole in every process.
+
+A process must read the masked weights of a network in the same order as all others, as dense networks and fused experts do; experts
 that are modules of their own, called where a token reaches them, do not.
 """
 
@@ -18,7 +21,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -27,12 +30,15 @@ from torch import Tensor
 from compress_kernels.gumbel import Draw, masked_weight, masked_weight_backward
 from maskllm.optim import BLOCK
 
+# What processes share out: nothing; logits with their gradients and moments; the frozen weights under the masks as well.
+Sharding = Literal["none", "logits", "weights"]
+
 _gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the first is the second's new name
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The rows of one weight, `[rows, K]` with all leading dimensions flattened, that this process keeps the logits of.
+    """The rows of one weight, `[rows, K]` with all leading dimensions flattened, that one of several processes keeps.
 
     Process r keeps rows `r * size` to `(r + 1) * size`, the last ones fewer or none. `size` is such that every share begins at a multiple of 256
     logits: 8-bit moments (`maskllm.optim`) are then the same, block for block, as those of whole logits.
@@ -44,9 +50,8 @@ class Shard:
     processes: int
 
     @classmethod
-    def of(cls, rows: int, row_logits: int) -> Shard:
-        """This process's share of a weight with so many rows, of so many logits each; of all processes that torch.distributed knows."""
-        rank, processes = dist.get_rank(), dist.get_world_size()
+    def of(cls, rows: int, row_logits: int, rank: int, processes: int) -> Shard:
+        """The share of process `rank` in a weight with so many rows, of so many logits each."""
         unit = BLOCK // math.gcd(BLOCK, row_logits)
         return cls(rows, unit * -(-rows // (unit * processes)), rank, processes)
 
@@ -55,14 +60,23 @@ class Shard:
         """The rows of this process."""
         return slice(min(self.rank * self.size, self.rows), min((self.rank + 1) * self.size, self.rows))
 
-    def gather(self, part: Tensor, dim: int = 0) -> Tensor:
-        """All rows, from each process's own: `[own, ...]` to `[rows, ...]`. Every process must call it. dim: the rows' dimension."""
-        part = part.movedim(dim, 0)
-        padded = part.new_zeros(self.size, *part.shape[1:])
-        padded[: len(part)] = part
+    def gather(self, part: Tensor) -> Tensor:
+        """All rows, from each process's own: `[own, ...]` to `[rows, ...]`. Every process must call it."""
+        if len(part) < self.size:
+            part = torch.cat([part, part.new_zeros(self.size - len(part), *part.shape[1:])])
         whole = part.new_empty(self.processes * self.size, *part.shape[1:])
-        _gather(whole, padded)
-        return whole[: self.rows].movedim(0, dim)
+        all_gather(whole, part)
+        return whole[: self.rows]
+
+
+def all_gather(whole: Tensor, part: Tensor) -> None:
+    """Let `whole` be the parts of all processes, one after the other along the first dimension."""
+    _gather(whole, part.contiguous())
+
+
+def all_to_all(received: Tensor, sent: Tensor) -> None:
+    """Cut `sent` into a piece for every process along the first dimension; `received` is what they cut for this one, in order."""
+    dist.all_to_all_single(received, sent)
 
 
 def summed(value: Tensor) -> Tensor:
@@ -73,13 +87,16 @@ def summed(value: Tensor) -> Tensor:
 
 
 class ShardedSoftMask(torch.autograd.Function):
-    """(own logits `[own, K/M, W]`, whole weight `[rows, K]`) -> (whole masked weight, its squared norm); the gradient is the processes' average."""
+    """(own logits `[own, K/M, W]`, own rows `[own, K]` of the weight) -> (whole masked weight `[rows, K]`, its squared norm).
+
+    The gradient of the logits is the processes' average.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         logits: Tensor,
-        weight: Tensor,
+        own: Tensor,
         table: Tensor,
         n: int,
         scores: bool,
@@ -89,14 +106,13 @@ class ShardedSoftMask(torch.autograd.Function):
         want_norm: bool,
     ) -> tuple[Tensor, Tensor]:
         """draws: of every process. One that all share gives the same mask to all."""
-        own = weight[shard.own]
         ctx.save_for_backward(logits, own, table)
         ctx.n, ctx.scores, ctx.draws, ctx.shard, ctx.want_norm = n, scores, draws, shard, want_norm
         ctx.set_materialize_grads(False)
         shared = all(draw == draws[0] for draw in draws)
-        rows, columns = len(own), weight.shape[1]
-        made = weight.new_zeros(1 if shared else shard.processes, shard.size, columns, dtype=out_dtype)
-        norms = torch.zeros(shard.processes, device=weight.device)
+        rows, columns = own.shape
+        made = own.new_zeros(1 if shared else shard.processes, shard.size, columns, dtype=out_dtype)
+        norms = torch.zeros(shard.processes, device=own.device)
         for r in range(len(made)):
             out, norm = masked_weight(
                 _groups(logits),
@@ -111,16 +127,16 @@ class ShardedSoftMask(torch.autograd.Function):
             )
             made[r, :rows] = out.view(rows, columns)
             norms[r] = norm
-        whole = weight.new_empty(shard.processes * shard.size, columns, dtype=out_dtype)
+        whole = own.new_empty(shard.processes * shard.size, columns, dtype=out_dtype)
         if shared:
-            _gather(whole, made[0])
+            all_gather(whole, made[0])
             norms[:] = norms[0].clone()
         else:
-            dist.all_to_all_single(whole, made.flatten(0, 1))
-        norm = torch.zeros((), device=weight.device)
+            all_to_all(whole, made.flatten(0, 1))
+        norm = torch.zeros((), device=own.device)
         if want_norm:
             received = torch.empty_like(norms)
-            dist.all_to_all_single(received, norms)
+            all_to_all(received, norms)
             norm = received.sum()
         return whole[: shard.rows], norm
 
@@ -135,11 +151,11 @@ class ShardedSoftMask(torch.autograd.Function):
         if grad is not None:
             sent[: shard.rows] = grad
         received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent)
+        all_to_all(received, sent)
         grad_norms: Tensor | None = None
         if ctx.want_norm:
             grad_norms = torch.empty(shard.processes, device=own.device)
-            _gather(grad_norms, grad_norm.reshape(1).float() if grad_norm is not None else grad_norms.new_zeros(1))
+            all_gather(grad_norms, grad_norm.reshape(1).float() if grad_norm is not None else grad_norms.new_zeros(1))
         average = torch.zeros(_groups(logits).shape, device=own.device, dtype=torch.promote_types(logits.dtype, torch.float32))
         for r, part in enumerate(received.view(shard.processes, shard.size, -1)):
             masked_weight_backward(

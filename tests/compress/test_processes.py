@@ -1,4 +1,4 @@
-"""Two processes learn the masks that one learns."""
+"""Two processes learn the masks that one learns, whatever they share out."""
 
 from __future__ import annotations
 
@@ -60,10 +60,12 @@ def test_with_one_micro_batch_a_process_the_bits_are_the_same(tmp_path):
     assert json.loads(one.stdout)["mask_sha256"] == json.loads(two.stdout)["mask_sha256"]
 
 
-def test_shared_logits_give_the_same_masks(tmp_path):
+@pytest.mark.parametrize("shard", ["logits", "weights"])
+def test_what_is_shared_out_gives_the_same_masks(tmp_path, shard):
     """With what amid learning reads them: measurements and checkpoints. One process goes on from the checkpoint of two."""
     # Not clipped: the gradient's norm is added up in another order, and after one step of Adam, of equal size for all, many scores tie.
-    more = ["learn.clip=0", "learn.batch=2", "learn.shard=true", "learn.save_minutes=1.0e-9", "evaluate.every=1"]
+    more = ["learn.clip=0", "learn.batch=2", f"learn.shard={shard}", "learn.save_minutes=1.0e-9", "evaluate.every=1"]
+    more += ["learn.checkpoint_activations=true", "evaluate.baselines=[dense,prior]"]
     texts = ["evaluate.texts={t: {source: {path: 'asset:wikitext2-test'}, seqlen: 32, limit: 4}}"]
     one, two = run(ONE, tmp_path, "one", *more, *texts), run(TWO, tmp_path, "two", *more, *texts)
     assert two.returncode == 0, two.stderr
@@ -74,6 +76,7 @@ def test_shared_logits_give_the_same_masks(tmp_path):
     ]
     assert measured[0] == measured[1]
     assert len(measured[0]) == 4
+    assert [row["method"] for row in json.loads(two.stdout)["summary"]] == ["dense", "prior", "learned"]
     for name in ("mask.safetensors", "summary.json"):
         (tmp_path / "two" / name).unlink()
     shutil.rmtree(tmp_path / "two" / "state" / "step-00000003")
@@ -88,6 +91,23 @@ def test_what_needs_one_process_says_so(tmp_path):
     assert "learn.scope: block runs in one process" in result.stderr
 
 
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_an_fsdp_launch_is_told_what_to_write(tmp_path, version):
+    """Before accelerate wraps anything, and before transformers leaves weights unread for FSDP to send."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(RAW))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", version, "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = [*launch, "-m", "compress", "learn-mask", str(recipe), "--out", str(tmp_path / "run")]
+    # As where accelerate was never configured: its file of defaults would change the launch.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode != 0
+    assert "FSDP would wrap the model" in result.stderr, result.stderr[-2000:]
+    assert "learn.shard: weights" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_one_process_is_the_first_and_agrees_with_itself():
     processes = Processes.join(check_recipe(RAW, "test"))
     assert processes.first
@@ -96,7 +116,7 @@ def test_one_process_is_the_first_and_agrees_with_itself():
 
 
 def test_shared_logits_refuse_experts_that_run_only_where_a_token_reaches_them():
-    sharded = Processes(Processes.join(check_recipe(RAW, "test")).accelerator, sharded=True)
+    sharded = Processes(Processes.join(check_recipe(RAW, "test")).accelerator, "logits")
     expert = SimpleNamespace(expert=0, parameter=torch.zeros(4, 4))
     fused = SimpleNamespace(expert=0, parameter=torch.zeros(2, 4, 4))
     sharded.expect_idle([fused, SimpleNamespace(expert=None, parameter=torch.zeros(4, 4))])

@@ -74,6 +74,13 @@ def test_a_list_is_reached_by_number() -> None:
         ({"learn": {"batch": 3, "micro_batch": 2}}, "multiple of micro_batch"),
         ({"learn": {"distillation": 0}}, "nothing to learn from"),
         (
+            {"learn": {"shard": True}},
+            "learn.shard: write logits, or weights to share out the frozen weights too, in place of true",
+        ),
+        ({"learn": {"shard": False}}, "learn.shard: write none, in place of false"),
+        ({"learn": {"shard": "weights"}}, "needs checkpoint_activations: true"),
+        ({"learn": {"shard": "rows"}}, "learn.shard: input should be 'none', 'logits' or 'weights'"),
+        (
             {"learn": {"step_in_backward": True, "clip_by": "weight", "batch": 4, "micro_batch": 2}},
             "set micro_batch to the batch, 4",
         ),

@@ -1,8 +1,9 @@
-"""Logits shared out over two and three processes are learned as in one, to the bit where the order of addition is the same."""
+"""Logits, and weights under them, shared out over two and three processes: learned as in one, to the bit where the order of addition is the same."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -43,6 +44,35 @@ TWO = [
     {**case("lean-second-half", noise=False, **LEAN), "store": "lean"},
 ]
 THREE = [case("unclipped", noise=True, clip=0.0, processes=3), case("three-experts", "mixtral", noise=False, processes=3)]
+AGAIN = {"checkpoint_activations": True}
+# Each with weights shared out and with logits alone, by the same settings; `weights_too` adds the former.
+BOTH_OF_TWO = [
+    case("w-noise", noise=True, **AGAIN),
+    case("w-no-noise", noise=False, **AGAIN),
+    case("w-patterns", noise=True, parametrization="patterns", hard=True, **AGAIN),
+    case("w-experts", "mixtral", noise=True, **AGAIN),
+    case("w-experts-no-noise", "mixtral", noise=False, state="bfloat16", batch=4, regulariser=0.0, **AGAIN),
+    case("w-transposed", "gpt2", noise=True, **AGAIN),
+    case("w-transposed-experts", "gpt_oss", noise=False, **AGAIN),
+    case("w-bf16", noise=True, bf16=True, state="bfloat16", **AGAIN),
+    case("w-lean", noise=True, **LEAN),
+    case("w-unclipped", noise=True, clip=0.0, **AGAIN),
+]
+BOTH_OF_THREE = [
+    case("w-noise", noise=True, processes=3, **AGAIN),
+    case("w-experts", "mixtral", noise=False, state="bfloat16", regulariser=0.0, processes=3, **AGAIN),
+]
+
+
+def weights_too(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every case, and again with the frozen weights shared out."""
+    return [*cases, *({**c, "name": f"{c['name']}-shared", "shard": "weights"} for c in cases)]
+
+
+HALVES = [
+    {**case("w-first-half", noise=True, **AGAIN), "stop": 2, "store": "w-half", "shard": "weights"},
+    {**case("w-second-half", noise=True, **AGAIN), "store": "w-half", "shard": "weights"},
+]
 
 
 def torchrun(processes: int, cases: list[dict[str, Any]], folder: Path) -> None:
@@ -56,7 +86,7 @@ def torchrun(processes: int, cases: list[dict[str, Any]], folder: Path) -> None:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    torchrun(2, TWO, folder)
+    torchrun(2, [*TWO, *weights_too(BOTH_OF_TWO), *HALVES], folder)
     return folder
 
 
@@ -73,8 +103,53 @@ def found(folder: Path, name: str) -> dict[str, torch.Tensor]:
 
 
 def in_one(which: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
-    sharded_runs.run({"name": which["name"], "build": which["build"], "settings": which["settings"]}, folder, sharded=False)
+    sharded_runs.run({"name": which["name"], "build": which["build"], "settings": which["settings"]}, folder, "none")
     return found(folder, which["name"])
+
+
+def same_bits(here: dict[str, torch.Tensor], there: dict[str, torch.Tensor]) -> None:
+    assert here.keys() == there.keys()
+    for key, value in here.items():
+        assert torch.equal(value, there[key]), key
+
+
+def check_held(folder: Path, name: str, processes: int) -> None:
+    """Each process holds its rows of every masked weight and no more, together all of them; in the end the network is what it was."""
+    facts = [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(processes)]
+    assert all(fact["restored"] for fact in facts)
+    logits = [value for key, value in found(folder, name).items() if key.startswith("logits/")]
+    for rank, fact in enumerate(facts):
+        expected = 0
+        for value in logits:
+            rows, row = math.prod(value.shape[:-2]), math.prod(value.shape[-2:])
+            share = 256 // math.gcd(256, row)  # rows, in whole blocks of 256 logits
+            share *= math.ceil(rows / (share * processes))
+            expected += 4 * 4 * value.shape[-2] * max(0, min(share, rows - rank * share))
+        assert fact["bytes"] == expected
+    whole = json.loads((folder / f"{name.removesuffix('-shared')}.0.json").read_text())
+    assert whole["restored"]
+    assert sum(fact["bytes"] for fact in facts) == whole["bytes"]
+
+
+@pytest.mark.parametrize("name", [c["name"] for c in BOTH_OF_TWO])
+def test_shared_weights_change_no_bit(name: str, two: Path) -> None:
+    """Of what is learned, of what is measured amid it with the final masks and without masks, and of the network afterwards."""
+    same_bits(found(two, name), found(two, f"{name}-shared"))
+    check_held(two, f"{name}-shared", 2)
+
+
+def test_shared_weights_resume(two: Path) -> None:
+    expected, first, resumed = found(two, "w-noise"), found(two, "w-first-half"), found(two, "w-second-half")
+    resumed["losses"] = torch.cat([first["losses"], resumed["losses"]])
+    resumed["norms"] = torch.cat([first["norms"], resumed["norms"]])
+    same_bits(expected, resumed)
+
+
+def test_shared_weights_of_two_processes_end_in_the_bits_of_one(two: Path, alone: Path) -> None:
+    which = next(c for c in BOTH_OF_TWO if c["name"] == "w-unclipped")
+    here, there = in_one(which, alone), found(two, "w-unclipped-shared")
+    for key in here.keys() - {"losses", "norms"}:
+        assert torch.equal(here[key], there[key]), key
 
 
 @pytest.mark.parametrize("name", ["unclipped"])
@@ -101,7 +176,10 @@ def test_clipped_or_summed_they_differ_by_rounding(name: str, two: Path, alone: 
 
 
 def test_three_processes_with_uneven_shares(tmp_path: Path, alone: Path) -> None:
-    torchrun(3, THREE, tmp_path)
+    torchrun(3, [*THREE, *weights_too(BOTH_OF_THREE)], tmp_path)
+    for which in BOTH_OF_THREE:
+        same_bits(found(tmp_path, which["name"]), found(tmp_path, f"{which['name']}-shared"))
+        check_held(tmp_path, f"{which['name']}-shared", 3)
     for which in THREE:
         here, there = in_one(which, alone), found(tmp_path, which["name"])
         torch.testing.assert_close(there["losses"], here["losses"], rtol=1e-4, atol=0)
@@ -121,7 +199,7 @@ def test_a_checkpoint_is_gathered_and_handed_out_again(whole: str, half: str, tw
 
 def test_a_checkpoint_of_two_processes_goes_on_in_one(two: Path, tmp_path: Path) -> None:
     (two / "half").rename(tmp_path / "half")
-    sharded_runs.run({**case("alone", noise=True), "store": "half"}, tmp_path, sharded=False)
+    sharded_runs.run({**case("alone", noise=True), "store": "half"}, tmp_path, "none")
     here, there = found(tmp_path, "alone"), found(two, "second-half")
     torch.testing.assert_close(here["losses"], there["losses"], rtol=1e-4, atol=0)
 
