@@ -25,6 +25,7 @@ from transformers import masking_utils
 import maskllm.gumbel
 import maskllm.head
 import maskllm.parametrization
+import maskllm.sharding
 import maskllm.update
 from compress_kernels.native import native
 from maskllm.optim import MaskAdamW, code_table
@@ -141,9 +142,13 @@ def shapes_only(live: LiveBytes) -> Iterator[None]:
         live.add([out], "masked weights")
         return out, torch.empty((), device=weight.device)
 
-    def masked_weight_backward(grad: Tensor | None, grad_norm: Tensor | None, logits: Tensor, *_: Any, **__: Any) -> Tensor:
-        out = torch.empty_like(logits)
-        live.add([out], "gradients of logits")
+    def masked_weight_backward(
+        grad: Tensor | None, grad_norm: Tensor | None, logits: Tensor, *_: Any, accumulate: Tensor | None = None, **__: Any
+    ) -> Tensor:
+        # The C++ kernel adds in place; the others make an array and add that.
+        found = torch.empty_like(logits) if accumulate is None or logits.device.type != "cpu" else accumulate
+        out = accumulate if accumulate is not None else found
+        live.add([found, out], "gradients of logits")
         return out
 
     def token_loss(
@@ -162,6 +167,12 @@ def shapes_only(live: LiveBytes) -> Iterator[None]:
     def squared_norm(tensor: Tensor) -> Tensor:
         return torch.empty((), device=tensor.device)
 
+    def received(whole: Tensor, _: Tensor) -> None:
+        live.add([whole], "rows of all processes")
+
+    def alone(value: Tensor) -> Tensor:
+        return value
+
     def nothing(*_: Any, **__: Any) -> None:
         return None
 
@@ -170,6 +181,11 @@ def shapes_only(live: LiveBytes) -> Iterator[None]:
             (maskllm.gumbel, "masked_weight", masked_weight),
             (maskllm.gumbel, "masked_weight_backward", masked_weight_backward),
             (maskllm.parametrization, "hard_mask", hard_mask),
+            (maskllm.sharding, "masked_weight", masked_weight),
+            (maskllm.sharding, "masked_weight_backward", masked_weight_backward),
+            (maskllm.sharding, "all_gather", received),
+            (maskllm.sharding, "all_to_all", received),
+            (maskllm.update, "summed", alone),
             (maskllm.head, "token_loss", token_loss),
             (maskllm.update, "squared_norm", squared_norm),
             (maskllm.update, "accumulate", nothing),

@@ -1,7 +1,7 @@
 """What memory each stage of `compress learn-mask` will take: the model's code run without data, and the arrays that stages keep.
 
 On a CPU everything shares one memory. With a GPU the masks of prior and result stay in the host's, which is not planned here; the stages
-tell what the GPU holds.
+tell what the GPU holds. Of several processes the plan is that of the first, whose share is the largest.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from compress.weights import ParameterRef, WeightRef
 from maskllm.gumbel import logit_width
 from maskllm.learner import Learner
 from maskllm.optim import logit_dtype
-from maskllm.parametrization import MaskState, MaskTarget, attach, detach
+from maskllm.parametrization import MaskState, MaskTarget, attach, detach, own_parameter
 from maskllm.patterns import Pattern
+from maskllm.sharding import Sharding
 from maskllm.update import LogitUpdates
 
 CALIBRATION_BATCH = 8  # sequences, of `compress.session`
@@ -68,6 +69,7 @@ class MemoryModel:
     refs: list[WeightRef]
     parameters: list[ParameterRef]
     device: torch.device
+    processes: int = 1
 
     def __post_init__(self) -> None:
         self.dtype = _dtype(self.recipe.model.dtype, self.model)
@@ -78,6 +80,10 @@ class MemoryModel:
         self.model_bytes = sum(p.numel() for p in self.model.parameters()) * itemsize
         self.weight_bytes = self.prunable * itemsize
         self.hosted = self.device.type == "cpu"
+        self.shard: Sharding = self.recipe.learn.shard if self.processes > 1 else "none"
+        # `compress.hosted`: until weights are shared out, the host keeps blocks and copies of weights, and a GPU the block that runs.
+        self.visited = self.shard == "weights" and not self.hosted
+        self.copy_bytes = 0 if self.visited else self.weight_bytes
         self.process = self._process() if self.hosted else 0
         sizes = [p.numel() * itemsize for p in self.model.parameters()]
         self.small = sum(size for size in sizes if size < MAPPED) / sum(sizes)
@@ -122,9 +128,17 @@ class MemoryModel:
         del words
         return held
 
-    def _stage(self, name: str, parts: dict[str, int]) -> Stage:
+    def _model(self) -> dict[str, int]:
+        """The model before learning."""
+        if not self.visited:
+            return {"model": self.model_bytes}
+        blocks = {id(block.module): block.module for block in decoder_blocks(self.model)}.values()
+        sizes = [sum(p.numel() for p in block.parameters()) * self.dtype.itemsize for block in blocks]
+        return {"model outside of its blocks": self.model_bytes - sum(sizes), "block that runs": max(sizes)}
+
+    def _stage(self, name: str, parts: dict[str, int], model: dict[str, int] | None = None) -> Stage:
         """With what every stage holds."""
-        whole = {"python, torch and text": self.process, "model": self.model_bytes} | parts
+        whole = {"python, torch and text": self.process} | (model or self._model()) | parts
         if self.hosted:
             pieces = sum(size if holder in _IN_PIECES else size * self.small for holder, size in whole.items())
             whole["heap that the C library keeps"] = HEAP + int(HEAP_SHARE * (pieces - self.small * self.process))
@@ -145,7 +159,7 @@ class MemoryModel:
 
     def _one_shot(self, method: str, live: LiveBytes) -> Stage:
         recipe = self.recipe
-        parts = {"original weights": self.weight_bytes, **self._masks(1)}
+        parts = {"original weights": self.copy_bytes, **self._masks(1)}
         if method == "magnitude":
             return self._stage(f"one-shot {method}", parts)
         seqlen = recipe.calibration.seqlen or recipe.data.seqlen
@@ -163,7 +177,7 @@ class MemoryModel:
             "second moments of inputs": statistics,
             "activations, or pruning of a matrix": max(activations, working),
         }
-        after = {"updated weights": self.weight_bytes if gram else 0}
+        after = {"updated weights": self.copy_bytes if gram else 0}
         return self._stage(f"one-shot {method}", parts | max(inside, after, key=lambda p: sum(p.values())))
 
     def _evaluation(self, live: LiveBytes) -> Stage:
@@ -171,9 +185,9 @@ class MemoryModel:
         activations = max(
             self._forward(live, max(1, WINDOW_TOKENS // t.seqlen), t.seqlen, head=True) + self._scoring(t.seqlen) for t in texts
         )
-        updated = self.weight_bytes if "sparsegpt-update" in self.recipe.evaluate.baselines else 0
+        updated = self.copy_bytes if "sparsegpt-update" in self.recipe.evaluate.baselines else 0
         parts = {
-            "original weights": self.weight_bytes,
+            "original weights": self.copy_bytes,
             "updated weights": updated,
             "activations and logits": activations,
             "text as tokens": TOKENISED * max(_characters(t.source.path) for t in texts) if self.hosted else 0,
@@ -273,31 +287,52 @@ class MemoryModel:
             settings,
             logits,
             {},
-            Accelerator(cpu=self.hosted, device_placement=False),
+            _FirstOf(self.processes, self.device),
             blocks=blocks,
+            shard=self.shard,
         )
+        if self.shard == "weights":
+            live.add([own_parameter(target) for target in targets], "own rows of the frozen weights")
         live.add([mask.logits for mask in learner.weights.values()], "logits")
         for mask in learner.weights.values():
             live.add(learner.updates.optimizer.moments(mask.logits).values(), "moments")
         live.restart()
         ids = torch.zeros(settings.micro_batch, recipe.data.seqlen, dtype=torch.int64, device=self.device)
-        for index in range(min(2, settings.batch // settings.micro_batch)):
+        for index in range(min(2, settings.batch // (settings.micro_batch * self.processes))):
             learner.state.micro_batch = index
             loss, parts = learner.losses(ids, settings.regulariser)
             learner.backward(loss)
             del loss, parts
         learner.updates.finish()
-        if recipe.evaluate.every and recipe.evaluate.texts:
-            text = next(iter(recipe.evaluate.texts.values()))
+        texts = list(recipe.evaluate.texts.values())
+        watched = texts[:1] if recipe.evaluate.every else []
+        for text in texts if self.shard == "weights" else watched:  # shared out, the result is measured here as well
             windows = torch.zeros(max(1, WINDOW_TOKENS // text.seqlen), text.seqlen, dtype=torch.int64, device=self.device)
             with learner.final():
                 out = self.model(input_ids=windows, use_cache=False).logits
                 scoring = torch.empty(self._scoring(text.seqlen), dtype=torch.uint8, device=self.device)
                 del out, scoring
-        learner.close()
+        learner.close(gather=False)
         held = dict(live.at_peak)
-        held.pop("model", None)
-        return self._stage("learning", held | self._masks(2 if settings.state != "float32" else 1))
+        model = {"model": held.pop("model", 0)}  # what is left of it where weights are shared out, with its buffers
+        masks = self._masks(2 if settings.state != "float32" else 1)
+        return self._stage("learning", held | masks, model if self.shard == "weights" else None)
+
+
+class _FirstOf(Accelerator):
+    """The accelerator of the first of so many processes, none of which is there."""
+
+    def __init__(self, processes: int, device: torch.device) -> None:
+        self._processes, self._device = processes, device
+        super().__init__(cpu=device.type == "cpu", device_placement=False)
+
+    @property
+    def num_processes(self) -> int:
+        return self._processes
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
 
 
 def _working(out: int, contracted: int, gram: int) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from compress.errors import UsageError
 from compress.memory import MemoryModel, Stage
 from compress.models import meta_model, pick_device
 from compress.recipe import LearnMaskRecipe
@@ -24,7 +25,7 @@ class Plan:
 
     steps, tokens: of learning end to end; block_steps, block_tokens: of learning block by block, over all blocks.
     stages: what each stage holds at its fullest moment, in bytes (`compress.memory`). seconds: an estimate of the learning alone,
-    from the speed of a matrix product on this machine.
+    from the speed of a matrix product on this machine. processes: how many learn together; the bytes are those of the first, which holds most.
     """
 
     model: str
@@ -38,6 +39,7 @@ class Plan:
     stages: list[Stage]
     seconds: float
     device: str
+    processes: int
 
     @property
     def peak(self) -> Stage:
@@ -59,17 +61,19 @@ class Plan:
             lines.append(f"{self.steps} steps end to end, {self.tokens:,} tokens")
         time_needed = f"{self.seconds / 3600:.1f} hours" if self.seconds > 7200 else f"{self.seconds / 60:.0f} minutes"
         lines.append(f"about {time_needed} of learning on this machine ({self.device})")
-        lines.append(
-            f"memory of the {'GPU' if self.device == 'cuda' else 'process'}, in bytes, at the fullest moment of each stage:"
-        )
+        place = "GPU" if self.device == "cuda" else "process"
+        place += f" (the first of {self.processes})" if self.processes > 1 else ""
+        lines.append(f"memory of the {place}, in bytes, at the fullest moment of each stage:")
         for stage in self.stages:
             lines.append(f"  {stage.total:16,}  {stage.name}{' (the peak)' if stage is self.peak else ''}")
             lines += [f"      {size:16,}  {holder}" for holder, size in sorted(stage.parts.items(), key=lambda p: -p[1])]
         return "\n".join(lines)
 
 
-def plan(recipe: LearnMaskRecipe) -> Plan:
-    """What `recipe` would do on this machine.
+def plan(recipe: LearnMaskRecipe, processes: int = 1) -> Plan:
+    """What `recipe` would do on this machine, launched in so many processes.
+
+    The time takes it that each process has a GPU of its own, or that they share this machine's CPUs.
 
     Raises what a real run would (patterns that match nothing, shapes that M does not divide), and CompressError for a model whose memory
     cannot be planned.
@@ -78,6 +82,8 @@ def plan(recipe: LearnMaskRecipe) -> Plan:
     model = meta_model(recipe.model.source, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
     refs = find_weights(model, recipe.weights.include, recipe.weights.exclude)
     parameters = by_parameter(refs)
+    if processes > 1 and recipe.learn.scope != "model":
+        raise UsageError(f"learn.scope: {recipe.learn.scope} runs in one process, not in {processes}")
     matrices: dict[str, tuple[int, tuple[int, int]]] = {}
     for ref in refs:
         pattern.check_divides(ref.shape[1], ref.name)
@@ -87,7 +93,7 @@ def plan(recipe: LearnMaskRecipe) -> Plan:
     total = sum(p.numel() for p in model.parameters())
     learn, block = recipe.learn, recipe.learn.block
     device = pick_device(recipe.model.device)
-    stages = MemoryModel(recipe, model, refs, parameters, device).stages()
+    stages = MemoryModel(recipe, model, refs, parameters, device, processes).stages()
     blocks = len({p.layer for p in parameters}) if learn.scope != "model" else 0
     steps, block_steps = learn.steps if learn.scope != "block" else 0, blocks * block.steps
     tokens = steps * learn.batch * recipe.data.seqlen
@@ -106,8 +112,10 @@ def plan(recipe: LearnMaskRecipe) -> Plan:
         block_steps=block_steps,
         block_tokens=block_tokens,
         stages=stages,
-        seconds=products / _matmul_rate(learn.precision == "bf16", device.type) + masks,
+        seconds=(products / _matmul_rate(learn.precision == "bf16", device.type) + masks)
+        / (processes if device.type == "cuda" else 1),
         device=device.type,
+        processes=processes,
     )
 
 

@@ -37,8 +37,8 @@ class Processes:
     def join(cls, recipe: LearnMaskRecipe | LearnRoutingRecipe) -> Processes:
         """Meet the others, if there are any. Raises UsageError for what several processes cannot do."""
         # Refused rather than taken for learn.shard: weights. What an FSDP launch says of wrapping, offload and state dicts would not be done,
-        # and transformers obeys its variables too: by default (--fsdp_cpu_ram_efficient_loading) all processes but the first of a machine
-        # leave their weights unread. Asked before accelerate sees the variables, at which it fails where there is no GPU.
+        # and transformers goes by its variables too when it loads a model: what it expects FSDP to send stays unset in all processes but the
+        # first. Asked before accelerate reads the variables, at which it fails where there is no GPU.
         if parse_flag_from_env("ACCELERATE_USE_FSDP"):
             _refuse_wrapping(DistributedType.FSDP.value)
         handlers = [

@@ -234,7 +234,9 @@ class LearnSection(Section):
 
     @model_validator(mode="after")
     def _step_in_backward(self) -> LearnSection:
-        stages = {"": self if self.scope != "block" else None, "block.": self.block if self.scope != "model" else None}
+        # Where something is shared out, a step's sequences are divided among processes first; the learner knows how many.
+        end_to_end = self if self.scope != "block" and self.shard == "none" else None
+        stages = {"": end_to_end, "block.": self.block if self.scope != "model" else None}
         for where, stage in stages.items():
             if self.step_in_backward and stage is not None and stage.batch != stage.micro_batch:
                 raise ValueError(

@@ -80,7 +80,9 @@ class WeightMask(nn.Module):
 
     table: Tensor
 
-    def __init__(self, state: MaskState, logits: Tensor, layer: int, contracted_dim: int) -> None:
+    def __init__(
+        self, state: MaskState, logits: Tensor, layer: int, contracted_dim: int, device: torch.device | None = None
+    ) -> None:
         super().__init__()
         self.state, self.layer, self.contracted_dim = state, layer, contracted_dim
         self.shape = (*logits.shape[:-2], logits.shape[-2] * state.pattern.m)  # of the weight, contracted dimension last
@@ -89,8 +91,8 @@ class WeightMask(nn.Module):
             rows = logits.reshape(-1, *logits.shape[-2:])
             self.shard = Shard.of(len(rows), rows.shape[1] * rows.shape[2], state.rank, state.processes)
             logits = rows[self.shard.own].clone()
-        self.logits = nn.Parameter(logits)
-        self.register_buffer("table", state.pattern.candidates().to(logits), persistent=False)
+        self.logits = nn.Parameter(logits.to(device))
+        self.register_buffer("table", state.pattern.candidates().to(self.logits), persistent=False)
         self.home: torch.device | None = None  # where the weight was before it was shared out
         self.squared_norm: Tensor | None = None  # of the last forward pass, when the state is `penalised`
 
@@ -185,7 +187,7 @@ def attach(
             raise MaskError(f"{target.name}: logits {tuple(logits[target.name].shape)} were given, but its masks take {expected}")
     for layer, target in enumerate(targets):
         weight = getattr(target.module, target.parameter_name)
-        mask = WeightMask(state, logits[target.name], layer, target.contracted_dim).to(device or weight.device)
+        mask = WeightMask(state, logits[target.name], layer, target.contracted_dim, device or weight.device)
         weight.requires_grad_(False)
         parametrize.register_parametrization(target.module, target.parameter_name, mask, unsafe=True)
         if state.shard == "weights":

@@ -202,7 +202,7 @@ def check_settings(s: LearnSettings, micro_batches: int) -> None:
     if s.step_in_backward and micro_batches > 1:
         raise MaskError(
             f"step_in_backward moves the logits in every backward pass, but a step of {s.batch} sequences takes {micro_batches} "
-            f"of them; set micro_batch to {s.batch}, or step_in_backward to false (a state other than float32 then sums the "
+            f"of them; set micro_batch to {s.micro_batch * micro_batches}, or step_in_backward to false (a state other than float32 then sums the "
             "gradient in bfloat16, 2 bytes a logit)"
         )
     if s.step_in_backward and s.clip and s.clip_by == "network":

@@ -20,6 +20,9 @@ def learn_mask(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, without loading the weights; write nothing.")
     ] = False,
+    processes: Annotated[
+        int, typer.Option("--processes", min=1, help="With --dry-run: of how many processes to plan the memory of one.")
+    ] = 1,
     json_: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
     """Learn an N:M mask on the frozen weights of a model.
@@ -32,19 +35,23 @@ def learn_mask(
     - `compress learn-mask quickstart`
     - `compress learn-mask recipes/smollm2-135m.yaml learn.steps=400 --out runs/longer`
     - `compress learn-mask quickstart --dry-run`
+    - `compress learn-mask llama-2-7b learn.shard=weights --dry-run --processes 4`
     - `accelerate launch --multi_gpu -m compress learn-mask llama-2-7b learn.batch=8 learn.micro_batch=1`
     - `compress learn-mask smollm2-domains prior.mask=runs/smollm2-135m`
     """
+    from compress.errors import UsageError
     from compress.recipe import LearnMaskRecipe
     from compress.recipe_file import load_recipe_of, recipe_path
 
     path = recipe_path(recipe)
     loaded = load_recipe_of(LearnMaskRecipe, path, overrides)
     folder = out or Path("runs") / path.stem
+    if processes > 1 and not dry_run:
+        raise UsageError("--processes is for --dry-run; start several processes with accelerate launch or torchrun")
     if dry_run:
         from compress.plan import plan
 
-        found = plan(loaded)
+        found = plan(loaded, processes)
         typer.echo(json.dumps(found.to_json()) if json_ else found.describe())
         return
     from compress.cli.tables import print_perplexities

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from compress.plan import plan
 from compress.recipe import LearnMaskRecipe
 from compress.structure import decoder_blocks
 from compress.weights import ParameterRef, by_parameter, find_weights
+from maskllm.errors import MaskError
 from maskllm.gumbel import logit_width
 from maskllm.learner import Learner
 from maskllm.optim import logit_dtype, state_bytes
@@ -46,10 +48,17 @@ def recipe(folder: Path, model: Any = None, **learn: Any) -> LearnMaskRecipe:
     )
 
 
-def stages(wanted: LearnMaskRecipe) -> dict[str, Stage]:
+def stages(wanted: LearnMaskRecipe, processes: int = 1, device: torch.device = CPU) -> dict[str, Stage]:
     model = meta_model(wanted.model.source)
     refs = find_weights(model)
-    return {stage.name: stage for stage in MemoryModel(wanted, model, refs, by_parameter(refs), CPU).stages()}
+    planned = MemoryModel(wanted, model, refs, by_parameter(refs), device, processes)
+    return {stage.name: stage for stage in planned.stages()}
+
+
+def first_share(processes: int, row_logits: int, row_bytes: int, rows: int) -> int:
+    """Bytes of the first process's rows of a weight: shares are whole blocks of 256 logits."""
+    unit = 256 // math.gcd(256, row_logits)
+    return min(rows, unit * math.ceil(rows / (unit * processes))) * row_bytes
 
 
 def learner(model: Any, settings: LearnSettings, parameters: list[ParameterRef] | None = None) -> Learner:
@@ -127,6 +136,66 @@ def test_the_state_of_learning_is_what_the_optimizer_keeps(tmp_path: Path, state
     found = stages(recipe(tmp_path / "m", state=state))["learning"]
     weights = [p.numel() for p in llama().model.layers.parameters() if p.dim() == 2]
     assert found.parts["logits"] + found.parts["moments"] == sum(state_bytes(state, n) for n in weights)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
+def test_shares_are_planned_as_rows(tmp_path: Path, processes: int, kind: str) -> None:
+    """Of the weights' rows; what lies outside of them is whole in each process."""
+    model = BUILDERS[kind]()
+    sizes = {"batch": 2 * processes, "state": "bfloat16", "checkpoint_activations": True}
+    wanted = {shard: recipe(tmp_path / shard, model, shard=shard, **sizes) for shard in ("none", "logits", "weights")}
+    found = {shard: stages(plan, processes)["learning"].parts for shard, plan in wanted.items()}
+    parameters = by_parameter(find_weights(model))
+    shapes = [p.refs[0].parameter.movedim(p.contracted_dim, -1).shape for p in parameters]
+    masked = sum(math.prod(shape) for shape in shapes)
+    own = {size: sum(first_share(processes, s[-1], size * s[-1], math.prod(s[:-1])) for s in shapes) for size in (2, 4)}
+    assert found["none"]["logits"] == 2 * masked
+    assert found["none"]["moments"] == 4 * masked
+    for shard in ("logits", "weights"):
+        assert found[shard]["logits"] == own[2]
+        assert found[shard]["moments"] == 2 * own[2]
+    total = sum(p.numel() for p in model.parameters())
+    assert found["none"]["model"] == found["logits"]["model"] == 4 * total
+    if processes == 1:
+        assert found["weights"]["model"] == 4 * total
+    else:
+        buffers = sum(b.untyped_storage().nbytes() for b in model.buffers())
+        assert found["weights"]["own rows of the frozen weights"] == own[4]
+        assert found["weights"]["model"] == 4 * (total - masked) + buffers
+
+
+def test_gathered_weights_are_those_of_one_block(tmp_path: Path) -> None:
+    """With two blocks as with six: nothing whole outlives the block that reads it."""
+    whole = []
+    for layers in (2, 6):
+        wanted = recipe(tmp_path / str(layers), llama(num_hidden_layers=layers), shard="weights", batch=4, **LEAN | {"clip": 0})
+        quiet = wanted.model_copy(update={"evaluate": wanted.evaluate.model_copy(update={"texts": {}, "every": 0})})
+        parts = stages(quiet, 2)["learning"].parts
+        whole.append(parts["rows of all processes"] + parts.get("masked weights", 0))
+    block = sum(p.numel() for p in llama().model.layers[0].parameters() if p.dim() == 2)
+    assert whole[0] == whole[1] < 2 * 4 * block
+
+
+def test_until_weights_are_shared_out_a_gpu_holds_one_block(tmp_path: Path) -> None:
+    wanted = recipe(tmp_path / "m", shard="weights", checkpoint_activations=True, batch=4)
+    model = meta_model(wanted.model.source)
+    refs = find_weights(model)
+    planned = MemoryModel(wanted, model, refs, by_parameter(refs), torch.device("cuda"), 2)
+    block = sum(p.numel() for p in llama().model.layers[0].parameters())
+    outside = sum(p.numel() for p in llama().parameters()) - 2 * block
+    for stage in (planned._loading(), planned._one_shot("magnitude", LiveBytes())):
+        assert stage.parts == {"block that runs": 4 * block, "model outside of its blocks": 4 * outside}  # copies are the host's
+
+
+def test_several_processes_are_told_apart(tmp_path: Path) -> None:
+    wanted = recipe(tmp_path / "m", shard="logits", batch=4)
+    assert "memory of the process (the first of 2), in bytes" in plan(wanted, 2).describe()
+    assert plan(wanted, 2).to_json()["processes"] == 2
+    with pytest.raises(UsageError, match="runs in one process, not in 2"):
+        plan(recipe(tmp_path / "n", scope="block"), 2)
+    with pytest.raises(MaskError, match="not a multiple of micro_batch 2 times 3 processes"):
+        plan(wanted, 3)
 
 
 def test_lean_settings_are_leaner(tmp_path: Path) -> None:

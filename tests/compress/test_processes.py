@@ -93,7 +93,7 @@ def test_what_needs_one_process_says_so(tmp_path):
 
 @pytest.mark.parametrize("version", ["1", "2"])
 def test_an_fsdp_launch_is_told_what_to_write(tmp_path, version):
-    """Before accelerate wraps anything, and before transformers leaves weights unread for FSDP to send."""
+    """Before accelerate wraps anything, and before transformers loads a model for FSDP to fill."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps(RAW))
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", version, "--num_processes", "2"]

@@ -54,6 +54,12 @@ def test_overrides_are_typed_by_the_schema(tmp_path: Path, override: str, path: 
     assert type(found) is type(value)
 
 
+def test_shares_of_a_step_are_divided_among_processes_first() -> None:
+    """The recipe does not know how many there are: with two, this step is one micro-batch of each."""
+    lean = {"step_in_backward": True, "clip_by": "weight", "batch": 4, "micro_batch": 2, "shard": "logits"}
+    assert check_recipe({**MINIMAL, "learn": lean}, "test").learn.step_in_backward
+
+
 def test_a_list_is_reached_by_number() -> None:
     raw = yaml.safe_load(yaml.safe_dump(MINIMAL))
     apply_override(raw, "data.sources.0.path=x.txt")
