@@ -8,8 +8,8 @@ a block.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from itertools import chain
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,16 +22,15 @@ from maskllm.recompute import wrap_forward
 class HostedBlocks:
     """The decoder blocks of `model`, which is on the CPU; everything outside of them moves to `device` for good.
 
-    While a block runs, its parameters and buffers are on the device. What is written into them then is lost: work on a block's weights
-    moves the block itself (`compress.walk.placed`), which this leaves alone.
+    While a block runs, copies of its parameters and buffers on the device are in their places. What is written into those is lost: work on a
+    block's weights moves the block itself (`compress.walk.placed`), which this leaves alone.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
+        device = torch.empty(0, device=device).device  # with its number
         blocks = list({id(block.module): block.module for block in decoder_blocks(model)}.values())
-        inside = {id(tensor) for block in blocks for tensor in _tensors(block)}
-        for tensor in _tensors(model):
-            if id(tensor) not in inside:
-                tensor.data = tensor.data.to(device)
+        inside = {id(module) for block in blocks for module in block.modules()}
+        _move([slot for module in model.modules() if id(module) not in inside for slot in _slots(module)], device)
         self._released = [wrap_forward([block], functools.partial(_visiting, block, device)) for block in blocks]
 
     def close(self) -> None:
@@ -41,17 +40,41 @@ class HostedBlocks:
         self._released = []
 
 
+@dataclass(frozen=True)
+class _Slot:
+    """Where a module keeps a parameter or buffer."""
+
+    tensors: dict[str, Any]
+    name: str
+
+
+def _slots(module: nn.Module) -> list[_Slot]:
+    """Of the module itself."""
+    kept: list[dict[str, Any]] = [module._parameters, module._buffers]
+    return [_Slot(tensors, name) for tensors in kept for name, tensor in tensors.items() if tensor is not None]
+
+
+def _move(slots: list[_Slot], device: torch.device) -> list[tuple[_Slot, Tensor]]:
+    """Put copies on `device` into the slots; those that share a tensor share its copy. Returns what was in slots that were elsewhere."""
+    copies: dict[int, Tensor] = {}
+    before: list[tuple[_Slot, Tensor]] = []
+    for slot in slots:
+        tensor: Tensor = slot.tensors[slot.name]
+        if tensor.device == device:
+            continue
+        before.append((slot, tensor))
+        if id(tensor) not in copies:
+            copy = tensor.detach().to(device)
+            parameter = isinstance(tensor, nn.Parameter)
+            copies[id(tensor)] = nn.Parameter(copy, requires_grad=tensor.requires_grad) if parameter else copy
+        slot.tensors[slot.name] = copies[id(tensor)]
+    return before
+
+
 def _visiting(block: nn.Module, device: torch.device, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    away = [(tensor, tensor.data) for tensor in _tensors(block) if tensor.device != device]
-    for tensor, data in away:
-        tensor.data = data.to(device)
+    before = _move([slot for module in block.modules() for slot in _slots(module)], device)
     try:
         return forward(*args, **kwargs)
     finally:
-        for tensor, data in away:  # unchanged, so nothing is copied back
-            tensor.data = data
-
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers, those that modules share once."""
-    return chain(module.parameters(), module.buffers())
+        for slot, tensor in before:
+            slot.tensors[slot.name] = tensor

@@ -102,10 +102,8 @@ class Learner:
         )
         start = {name: self.logits.pop(name).to(logit_dtype(s.state)) for name in list(self.logits)}
         self.weights = attach(self.targets, self.state, start, self.accelerator.device if self._sharded else None)
-        if self._sharded:
-            for tensor in (*self.model.parameters(), *self.model.buffers()):  # what is left of the model
-                if tensor.device != self.accelerator.device:
-                    tensor.data = tensor.data.to(self.accelerator.device)
+        if self._sharded and any(p.device != self.accelerator.device for p in self.model.parameters()):
+            self.model.to(self.accelerator.device)  # what is left of it
         self._head = find_head(self.model)
         self.updates = LogitUpdates(self.weights, self.state, s, self._micro_batches)
         # Precision is this class's own business (autocast below): accelerate's would turn the logits back into float32 copies.

@@ -10,11 +10,14 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import shared_run
 import torch
 
 from compress.errors import UsageError
+from compress.models import load_model
 from compress.processes import Processes
 from compress.recipe_file import check_recipe
+from compress.weights import find_weights
 
 # Steps so long that masks flip widely: what a process sees, and how gradients are averaged, decides the result.
 RAW = {
@@ -83,6 +86,21 @@ def test_what_is_shared_out_gives_the_same_masks(tmp_path, shard):
     again = run(ONE, tmp_path, "two", *more, *texts, "--resume")
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["mask_sha256"] == json.loads(one.stdout)["mask_sha256"]
+
+
+def test_each_of_two_processes_holds_half_of_the_masked_weights(tmp_path):
+    recipe = {**RAW, "learn": {**RAW["learn"], "steps": 1, "shard": "weights", "checkpoint_activations": True}}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    command = [*TWO[:-1], shared_run.__file__, str(tmp_path / "recipe.json"), str(tmp_path)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    model = load_model("asset:tiny-llama", dtype="float32").model
+    masked = sum(ref.view().numel() for ref in find_weights(model, RAW["weights"]["include"]))
+    rest = sum(p.numel() for p in model.parameters()) - masked  # embeddings, norms, the head and the blocks that are not masked
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == {"masked": 4 * masked // 2, "others": 4 * rest}
 
 
 def test_what_needs_one_process_says_so(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -9,14 +10,20 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import sharded_runs
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
+from maskllm.errors import MaskError
 from maskllm.optim import BLOCK
+from maskllm.parametrization import MaskState, MaskTarget, attach, own_parameter
+from maskllm.patterns import Pattern
+from maskllm.settings import LearnSettings
 from maskllm.sharding import Shard
 
 LEAN = {"state": "8bit", "step_in_backward": True, "clip_by": "weight", "checkpoint_activations": True, "regulariser": 0.0}
@@ -211,6 +218,29 @@ def test_lean_settings_learn_over_processes(two: Path, alone: Path) -> None:
     there = found(two, "lean")
     torch.testing.assert_close(there["losses"], here["losses"], rtol=2e-2, atol=0)
     assert there.keys() == here.keys()
+
+
+@pytest.mark.parametrize("contracted", [-1, -2])
+def test_only_own_rows_go_to_the_device(contracted: int) -> None:
+    """That of an accelerator is torch's meta device here, which has no values."""
+    linear = nn.Linear(64, 128)
+    target = MaskTarget("w", linear, "weight", contracted)
+    rows, columns = (128, 64) if contracted == -1 else (64, 128)
+    logits = {"w": torch.zeros(rows, columns // 4, 4)}
+    state = MaskState(Pattern(2, 4), "scores", processes=2, rank=1, shard="weights")
+    mask = attach([target], state, logits, torch.device("meta"))["w"]
+    assert own_parameter(target).is_meta
+    assert own_parameter(target).shape == (rows // 2, columns)
+    assert mask.logits.is_meta
+    assert mask.logits.shape == (rows // 2, columns // 4, 4)
+    assert mask.home == torch.device("cpu")
+
+
+def test_weights_are_shared_out_with_recomputation_alone() -> None:
+    one = sharded_runs.learner("llama", LearnSettings(**sharded_runs.BASE), "none")
+    accelerator = SimpleNamespace(num_processes=2, process_index=0, device=torch.device("cpu"))
+    with pytest.raises(MaskError, match="with checkpoint_activations alone"):
+        dataclasses.replace(one, accelerator=accelerator, shard="weights", settings=LearnSettings(**sharded_runs.BASE))
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5, 8])
