@@ -219,8 +219,8 @@ class LearnSection(Section):
     def _shared_weights(self) -> LearnSection:
         if self.shard == "weights" and not self.checkpoint_activations:
             raise ValueError(
-                "shard: weights needs checkpoint_activations: true; without it every process keeps all masked weights whole until the backward "
-                "pass, as much as it would save"
+                "shard: weights needs checkpoint_activations: true; without it every process would keep all masked weights, whole, until the "
+                "backward pass"
             )
         return self
 
