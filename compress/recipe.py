@@ -164,10 +164,12 @@ class LearnSection(Section):
     noise: bool = Field(False, description="Gumbel noise on the candidates, drawn anew every micro-batch (the paper's)")
     hard: bool = Field(False, description="Straight-through: hard masks forward, soft gradients backward")
     temperature: ScheduleSection = Field(
-        ScheduleSection(start=1.0, end=0.05, curve="exponential"), description="Softmax temperature tau"
+        ScheduleSection(start=1.0, end=0.1, curve="exponential"), description="Softmax temperature tau"
     )
-    scale: ScheduleSection = Field(ScheduleSection(start=100.0, end=500.0), description="Logit scale kappa")
-    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate of the logits")
+    scale: ScheduleSection = Field(ScheduleSection(start=100.0, end=200.0), description="Logit scale kappa")
+    learning_rate: float = Field(
+        2e-4, gt=0, description="Peak learning rate of the logits; the more steps, the lower (docs/masks.md)"
+    )
     warmup: float = Field(0.1, ge=0, lt=1, description="Share of the steps that ramps the learning rate up")
     final_rate: float = Field(0.1, ge=0, le=1, description="The cosine ends at this share of the peak")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW")
