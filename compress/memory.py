@@ -108,7 +108,7 @@ class MemoryModel:
                     found.append(self._learning_blocks(live))
                 if recipe.learn.scope != "block":
                     found.append(self._learning(live))
-        except (RuntimeError, NotImplementedError) as error:
+        except RuntimeError as error:  # what torch raises, as this or its NotImplementedError, where a value is asked for
             raise CompressError(
                 f"the memory of {type(self.model).__name__} cannot be planned: its forward pass needs data ({str(error).splitlines()[0]})"
             ) from error

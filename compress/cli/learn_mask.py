@@ -33,7 +33,7 @@ def learn_mask(
     **Examples**
 
     - `compress learn-mask quickstart`
-    - `compress learn-mask recipes/smollm2-135m.yaml learn.steps=400 --out runs/longer`
+    - `compress learn-mask recipes/smollm2-135m.yaml learn.steps=1100 learn.learning_rate=3e-4 --out runs/longer`
     - `compress learn-mask quickstart --dry-run`
     - `compress learn-mask llama-2-7b learn.shard=weights --dry-run --processes 4`
     - `accelerate launch --multi_gpu -m compress learn-mask llama-2-7b learn.batch=8 learn.micro_batch=1`
