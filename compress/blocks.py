@@ -24,10 +24,10 @@ from torch import Tensor
 from compress import console
 from compress.activations import Activations, scratch_folder
 from compress.capture import InputCapture
+from compress.device import pick_device
 from compress.errors import CompressError
 from compress.experts import starved_parts, tokens_by_expert
 from compress.interrupt import Interrupted, StopFlag
-from compress.models import pick_device
 from compress.rundir import RunDir
 from compress.session import Session
 from compress.settings import block_settings

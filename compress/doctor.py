@@ -16,6 +16,7 @@ import torch
 
 import compress_kernels
 from compress import __version__, bench_gpu
+from compress.device import multiplies
 from compress.errors import CompressError
 from compress_kernels import sparse24
 from compress_kernels.native import native
@@ -126,6 +127,7 @@ def _cpu() -> dict[str, Any]:
     return {
         "name": name,
         "instruction_sets": [flag for flag in FLAGS if flag in flags],
+        "bfloat16": multiplies(torch.bfloat16, torch.device("cpu")),
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": psutil.cpu_count(logical=False),
         "hardware_threads": os.cpu_count(),

@@ -13,6 +13,7 @@ from compress.learn import learn_mask
 from compress.recipe import LearnMaskRecipe
 from compress.recipe_file import dump_recipe
 from compress.rundir import write_atomic
+from compress.settings import settled
 
 
 def domain_recipes(recipe: LearnMaskRecipe) -> dict[str, LearnMaskRecipe]:
@@ -48,7 +49,7 @@ def learn_domains(recipe: LearnMaskRecipe, out: Path, *, resume: bool, resume_co
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("a recipe with domains runs in one process; launch it without accelerate or torchrun")
-    recipes = domain_recipes(recipe)
+    recipes = domain_recipes(settled(recipe))
     found: dict[str, list[dict[str, Any]]] = {}
     for name, own in recipes.items():
         folder = out / name

@@ -23,7 +23,7 @@ from compress.recipe_file import dump_recipe
 from compress.report import write_report
 from compress.rundir import RunDir, write_atomic
 from compress.session import Session, prepare
-from compress.settings import learn_settings
+from compress.settings import learn_settings, settled
 from compress.start import prior_and_baselines, summary_row
 from compress.structure import decoder_blocks
 from maskllm.checkpoint import CheckpointStore
@@ -49,7 +49,7 @@ def learn_mask(recipe: LearnMaskRecipe, out: Path, *, resume: bool, resume_comma
     Raises UsageError before anything is written when the recipe does not fit model or text; Interrupted after SIGINT or SIGTERM,
     with the state saved; and whatever its parts raise.
     """
-    processes = Processes.join(recipe)
+    processes, recipe = Processes.join(recipe), settled(recipe)
     if not processes.first:
         _learn_along(recipe, RunDir(out), processes)
         return None

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from compress.device import dtype_on
 from compress.errors import CompressError, UsageError
 from compress.footprint import LiveBytes, empty_data, without_data
 from compress.heap import resident
@@ -72,7 +73,7 @@ class MemoryModel:
     processes: int = 1
 
     def __post_init__(self) -> None:
-        self.dtype = _dtype(self.recipe.model.dtype, self.model)
+        self.dtype = dtype_on(self.device, self.recipe.model.dtype) or self.model.dtype
         self.pattern = Pattern.parse(self.recipe.pattern)
         self.pattern.candidates()  # cached here with its data
         itemsize = self.dtype.itemsize
@@ -350,8 +351,3 @@ def _characters(path: str | None) -> int:
         return sum(file.stat().st_size for file in find_text_files(path))
     except UsageError:
         return 0
-
-
-def _dtype(name: str, model: Any) -> torch.dtype:
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    return known.get(name) or model.dtype

@@ -17,17 +17,11 @@ from torch import nn
 
 from compress.assets import asset_path, is_asset
 from compress.checkpoint import Checkpoint
+from compress.device import dtype_on, pick_device
 from compress.errors import CompressError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-DTYPES: dict[str, torch.dtype | str] = {
-    "auto": "auto",
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -115,8 +109,8 @@ def load_model(
 ) -> LoadedModel:
     """Load model and tokenizer (the model alone with `tokenizer=False`, for work that reads no text).
 
-    source: see `resolve_source`. dtype: "auto" is the checkpoint's own; a GGUF file is dequantised, to float32 unless another is
-    asked for. device: "auto" is cuda where there is one, else cpu. Raises UsageError for whatever is wrong with the source.
+    source: see `resolve_source`. dtype: see `compress.device.dtype_on`; a GGUF file is dequantised, to float32 with "auto". device: "auto" is cuda
+    where there is one, else cpu. Raises UsageError for whatever is wrong with the source.
     """
     from transformers import AutoConfig
 
@@ -124,17 +118,17 @@ def load_model(
     from compress.packed import is_packed
     from compress.packed_moe import is_packed_moe
 
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r} is not known; one of {', '.join(DTYPES)}")
+    place = pick_device(device)
+    kind = dtype_on(place, dtype)
     found = resolve_source(source)
     if found.folder is not None and found.gguf_file is None and (is_packed(found.folder) or is_packed_moe(found.folder)):
         Checkpoint(found.folder)  # says what is missing or cut short before anything is loaded
-    options: dict[str, Any] = {"dtype": DTYPES[dtype], "revision": revision, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"dtype": kind or "auto", "revision": revision, "trust_remote_code": trust_remote_code}
     if found.gguf_file:
         from transformers import GgufConfig
 
         options["quantization_config"] = GgufConfig(dequantize=True)
-        options["dtype"] = torch.float32 if dtype == "auto" else DTYPES[dtype]
+        options["dtype"] = kind or torch.float32
     # Weights of the wrong shape are let through here because `_check_complete` can name them and transformers only logs them.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     with _explained(source), _quiet():
@@ -147,7 +141,7 @@ def load_model(
         words: Any = load_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code) if tokenizer else None
         if found.gguf_file:
             _forget_quantization(model)
-        model.to(pick_device(device)).eval()
+        model.to(place).eval()
     return LoadedModel(model, words, source, found.folder, found.gguf_file)
 
 
@@ -214,17 +208,6 @@ def meta_model(source: str, revision: str | None = None, trust_remote_code: bool
             model = model_class(config).from_config(config, trust_remote_code=trust_remote_code)
         model.tie_weights()
         return model.eval()
-
-
-def pick_device(device: str) -> torch.device:
-    """ "auto" is cuda where there is one, else cpu. Raises UsageError for a device that is not there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return torch.device(device)
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from compress import __version__, console
 from compress.data import TokenBlocks, tokenize
+from compress.device import tell_slow
 from compress.errors import UsageError
 from compress.evaluate import positions
 from compress.export.dense import export_dense
@@ -38,6 +39,7 @@ def run_one_shot(
     n_m = Pattern.parse(pattern)
     with console.log.status(f"loading {source}"):
         loaded = load_model(source, dtype=dtype, device=device)
+    tell_slow(loaded.model)
     refs = find_weights(loaded.model, include, exclude)
     parameters = by_parameter(refs)
     batches = []

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
+from compress.device import pick_device
 from compress.errors import UsageError
 from compress.memory import MemoryModel, Stage
-from compress.models import meta_model, pick_device
+from compress.models import meta_model
 from compress.recipe import LearnMaskRecipe
+from compress.settings import settled
 from compress.weights import by_parameter, find_weights
 from maskllm.patterns import Pattern
 
@@ -78,6 +80,7 @@ def plan(recipe: LearnMaskRecipe, processes: int = 1) -> Plan:
     Raises what a real run would (patterns that match nothing, shapes that M does not divide), and CompressError for a model whose memory
     cannot be planned.
     """
+    recipe = settled(recipe)
     pattern = Pattern.parse(recipe.pattern)
     model = meta_model(recipe.model.source, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
     refs = find_weights(model, recipe.weights.include, recipe.weights.exclude)

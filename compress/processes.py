@@ -16,8 +16,8 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.utils import DistributedType, parse_flag_from_env
 
 from compress import console
+from compress.device import pick_device
 from compress.errors import UsageError
-from compress.models import pick_device
 from compress.recipe import LearnMaskRecipe
 from compress.recipe_routing import LearnRoutingRecipe
 from compress.weights import WeightRef

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 Method = Literal["magnitude", "wanda", "ria", "sparsegpt"]
 Baseline = Literal["dense", "magnitude", "wanda", "ria", "sparsegpt", "sparsegpt-update", "prior"]
 CurveName = Literal["linear", "exponential", "cosine", "constant"]
+Precision = Literal["auto", "bf16", "fp32"]
 
 
 class Section(BaseModel):
@@ -23,8 +24,10 @@ class Section(BaseModel):
 
 class ModelSection(Section):
     source: str = Field(description="Hub name, folder, .gguf file, or asset:tiny-llama / asset:tiny-moe")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Type of the frozen weights in memory; auto is the checkpoint's own"
+    dtype: Literal["auto", "fastest", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Type of the frozen weights in memory: auto is the checkpoint's own, fastest is bfloat16 where the device has instructions for "
+        "its products, else float32",
     )
     revision: str | None = Field(None, description="Branch, tag or commit on the hub")
     trust_remote_code: bool = Field(False, description="Run model code from the hub; off unless you know the author")
@@ -187,8 +190,10 @@ class LearnSection(Section):
     )
     cross_entropy: float = Field(0.0, ge=0, description="Weight of the next-token loss (the paper: 1)")
     distillation: float = Field(1.0, ge=0, description="Weight of KL(dense model || masked model), at each token (the paper: 0)")
-    precision: Literal["bf16", "fp32"] = Field(
-        "bf16", description="Precision of the matrix products; logits and losses stay in fp32"
+    precision: Precision = Field(
+        "auto",
+        description="Precision of the matrix products; logits and losses stay in fp32. auto is bf16 where the device has instructions for it, "
+        "else fp32",
     )
     state: Literal["float32", "bfloat16", "8bit"] = Field(
         "float32",

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from compress.recipe import DataSection, ModelSection, ScheduleSection, Section, SourceSection, TextSection
+from compress.recipe import DataSection, ModelSection, Precision, ScheduleSection, Section, SourceSection, TextSection
 
 RoutingMethod = Literal["otp", "odp", "top-p", "top-k"]
 
@@ -56,8 +56,10 @@ class RoutingLearnSection(Section):
     approach: float = Field(
         0.3, ge=0, lt=1, description="Share of the steps over which the target falls from 1 to target_activation"
     )
-    precision: Literal["bf16", "fp32"] = Field(
-        "bf16", description="Precision of the frozen model's products; routers stay in fp32"
+    precision: Precision = Field(
+        "auto",
+        description="Precision of the frozen model's products; routers stay in fp32. auto is bf16 where the device has instructions for it, "
+        "else fp32",
     )
     checkpoint_activations: bool = Field(
         False,

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from compress import console
 from compress.data import TokenBlocks, tokenize
+from compress.device import pick_device, tell_slow
 from compress.errors import UsageError
 from compress.evaluate import EvalText, evaluate_tokens, positions, token_windows
 from compress.hosted import HostedBlocks
 from compress.measure import WINDOW_TOKENS, eval_texts, measure_text, text_source
-from compress.models import LoadedModel, fingerprint, load_model, pick_device
+from compress.models import LoadedModel, fingerprint, load_model
 from compress.prune import Method, Pruned, prune_one_shot
 from compress.recipe import LearnMaskRecipe
 from compress.recipe_file import dump_recipe
@@ -156,6 +157,7 @@ def prepare(recipe: LearnMaskRecipe, *, host_blocks: bool = False) -> Session:
             revision=wanted.revision,
             trust_remote_code=wanted.trust_remote_code,
         )
+    tell_slow(loaded.model)
     device = pick_device(wanted.device)
     hosted = HostedBlocks(loaded.model, device) if host_blocks and device.type != "cpu" else None
     refs = find_weights(loaded.model, recipe.weights.include, recipe.weights.exclude)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from compress.checkpoint import Checkpoint, stored_name
+from compress.device import dtype_on, pick_device
 from compress.errors import UsageError
 from compress.export.source import FileSource, open_source
-from compress.models import LoadedModel, load_model, load_tokenizer, pick_device
+from compress.models import LoadedModel, load_model, load_tokenizer
 from compress.structure import Block, decoder_blocks, join
 
 Change = Callable[[Block], None]  # alters the weights of a block that has just been loaded
@@ -137,10 +138,11 @@ def _skeleton(source: str, files: FileSource, dtype: str, device: torch.device, 
     from accelerate import init_empty_weights
     from transformers import AutoConfig
 
-    from compress.models import DTYPES, model_class
+    from compress.models import model_class
 
     config = AutoConfig.from_pretrained(files.checkpoint.path, trust_remote_code=options["trust_remote_code"])
-    kind = {} if dtype == "auto" else {"dtype": DTYPES[dtype]}
+    wanted = dtype_on(device, dtype)
+    kind = {} if wanted is None else {"dtype": wanted}
     with init_empty_weights(include_buffers=False):  # rotary frequencies and the like are computed, not read
         model: Any = model_class(config).from_config(config, trust_remote_code=options["trust_remote_code"], **kind)
     model.tie_weights()

@@ -51,6 +51,12 @@ def _machine(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("system", f"{facts['system']['platform']}, Python {facts['system']['python']}"),
         ("processor", cpu["name"]),
         ("instruction sets", " ".join(cpu["instruction_sets"]) or "none of those the kernels use, or unknown"),
+        (
+            "bfloat16",
+            "multiplied by instructions of its own"
+            if cpu["bfloat16"]
+            else "no instructions for it: float32 is the fast type here (recipes that leave it to the machine take it)",
+        ),
         ("cores", f"{cpu['cores']} cores, {threads}" if cpu["cores"] else threads),
         ("memory", f"{_gib(memory['total'])}, {_gib(memory['available'])} available"),
         ("C++ compiler", f"{compiler['version']} ({compiler['path']})" if compiler else "none; kernels cannot be built here"),

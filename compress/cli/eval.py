@@ -26,8 +26,11 @@ def evaluate(
         typer.Option("--bos", help="auto: what the tokenizer puts before the whole text; none; every: before every window."),
     ] = "auto",
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option("--dtype", help="Load the weights as this; auto is the checkpoint's own."),
+        Literal["auto", "fastest", "float32", "bfloat16", "float16"],
+        typer.Option(
+            "--dtype",
+            help="Load the weights as this: auto is the checkpoint's own, fastest what this machine multiplies fastest.",
+        ),
     ] = "auto",
     reference: Annotated[
         str | None, typer.Option("--reference", help="Another model: adds mean KL from it and top-1 agreement with it.")
@@ -49,6 +52,7 @@ def evaluate(
     - `compress eval my-sparse-model --reference meta-llama/Llama-3.2-1B --data wikitext --json`
     """
     from compress import console
+    from compress.device import tell_slow
     from compress.evaluate import evaluation_text, perplexity
     from compress.models import load_model
 
@@ -56,6 +60,7 @@ def evaluate(
     with console.log.status(f"loading {model}"):
         loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         other = load_model(reference, dtype=dtype, device=device, trust_remote_code=trust_remote_code) if reference else None
+    tell_slow(loaded.model)
     with console.task("perplexity", limit or 1) as bar:
         found = perplexity(
             loaded.model,

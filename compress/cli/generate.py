@@ -18,9 +18,11 @@ def generate(
     ] = 0.0,
     seed: Annotated[int, typer.Option("--seed", help="Of the draws, with a temperature.")] = 0,
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
+        Literal["auto", "fastest", "float32", "bfloat16", "float16"],
         typer.Option(
-            "--dtype", help="Type of activations and dense weights; auto is the checkpoint's own. Packed values keep theirs."
+            "--dtype",
+            help="Type of activations and dense weights: auto is the checkpoint's own, fastest what this "
+            "machine multiplies fastest. Packed values keep theirs.",
         ),
     ] = "auto",
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
@@ -40,11 +42,13 @@ def generate(
     - `compress generate my-sparse-model -p "Once" -n 64 --temperature 0.8 --seed 1 --json`
     """
     from compress import console
+    from compress.device import tell_slow
     from compress.generate import generate as continue_text
     from compress.models import load_model
 
     with console.log.status(f"loading {model}"):
         loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    tell_slow(loaded.model)
     show = (lambda text: None) if json_ else (lambda text: print(text, end="", flush=True))
     made = continue_text(loaded, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, on_text=show)
     kind = str(loaded.model.dtype).removeprefix("torch.")

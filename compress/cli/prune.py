@@ -39,7 +39,8 @@ def prune(
         list[str] | None, typer.Option("--exclude", help="Glob of weights to leave dense; may be repeated.")
     ] = None,
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], typer.Option("--dtype", help="Load the weights as this.")
+        Literal["auto", "fastest", "float32", "bfloat16", "float16"],
+        typer.Option("--dtype", help="Load the weights as this: auto is their own."),
     ] = "auto",
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     seed: Annotated[int, typer.Option("--seed", help="Of the choice of calibration sequences.")] = 0,

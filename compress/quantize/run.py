@@ -29,6 +29,7 @@ from compress.quantize.store import QuantizedStore
 from compress.recipe_file import dump_recipe
 from compress.recipe_quantize import QuantizeRecipe
 from compress.rundir import RunDir, write_atomic
+from compress.settings import settled
 
 Stage = Literal["profile", "quantize", "run"]
 Widths = dict[int, list[dict[str, tuple[int, int]]]]
@@ -50,7 +51,7 @@ def run_recipe(recipe: QuantizeRecipe, out: Path, *, stage: Stage, resume: bool,
     Raises UsageError before anything is written when the recipe does not fit model or text; Interrupted after SIGINT or SIGTERM, with all
     complete layers saved.
     """
-    run = RunDir(out)
+    recipe, run = settled(recipe), RunDir(out)
     profiled = (out / "experts.json").is_file() and not run.summary.exists()
     run = RunDir.check(out, dump_recipe(recipe), resume or (profiled and stage != "profile"))
     if recipe.allocate.bits_file is not None and stage == "profile":

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from compress import console
 from compress.data import TokenBlocks, tokenize
+from compress.device import tell_slow
 from compress.errors import UsageError
 from compress.evaluate import EvalText, positions
 from compress.masks import masks_of_model, open_mask
@@ -200,6 +201,7 @@ def prepare(recipe: QuantizeRecipe) -> QuantizeSession:
     texts = eval_texts(recipe.evaluate.texts)
     with console.log.status(f"opening {recipe.model.source}"):
         streamed = _open(recipe)
+    tell_slow(streamed.model)
     refs = find_weights(streamed.model)
     mixtures = {b.index: m for b in streamed.blocks if (m := find_mixture(streamed.model, b, refs)) is not None}
     if not mixtures:

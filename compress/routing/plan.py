@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
+from compress.device import dtype_on, pick_device
 from compress.errors import UsageError
-from compress.models import DTYPES, meta_model
+from compress.models import meta_model
 from compress.recipe_routing import LearnRoutingRecipe
 from compress.routing.decisions import make_decision
 from compress.routing.mixtures import Mixture, expert_modules
 from compress.routing.rules import check_target
+from compress.settings import settled
 from compress.structure import text_config
 
 
@@ -54,6 +54,7 @@ class RoutingPlan:
 
 def plan_routing(recipe: LearnRoutingRecipe) -> RoutingPlan:
     """What `recipe` would do. Raises what a real run would for a model without mixtures, and for a target that cannot be met."""
+    recipe = settled(recipe)
     wanted = recipe.model
     model = meta_model(wanted.source, revision=wanted.revision, trust_remote_code=wanted.trust_remote_code)
     found = expert_modules(model)
@@ -76,8 +77,8 @@ def plan_routing(recipe: LearnRoutingRecipe) -> RoutingPlan:
             mixture = Mixture(name, module, block, experts, top_k, config.hidden_size, False)
             router = make_decision("otp", mixture, rank=recipe.router.rank)
             learned += sum(parameter.numel() for parameter in router.parameters())
-    kind = DTYPES[wanted.dtype]
-    sizes = [kind.itemsize if isinstance(kind, torch.dtype) else p.element_size() for p in model.parameters()]
+    kind = dtype_on(pick_device(wanted.device), wanted.dtype)
+    sizes = [kind.itemsize if kind else p.element_size() for p in model.parameters()]
     learn, length = recipe.learn, recipe.data.seqlen
     return RoutingPlan(
         model=wanted.source,

@@ -27,6 +27,7 @@ from compress.routing.router import TopAnyRouter
 from compress.routing.session import RoutingSession, prepare
 from compress.routing.storage import frozen, save
 from compress.rundir import RunDir, write_atomic
+from compress.settings import settled
 from maskllm.checkpoint import CheckpointStore
 
 
@@ -45,7 +46,7 @@ def learn_routing(recipe: LearnRoutingRecipe, out: Path, *, resume: bool, resume
     Of several processes (`compress.processes`) the first returns the result, the others None. Raises UsageError before anything is
     written when the recipe does not fit model or text; Interrupted after SIGINT or SIGTERM, with the state saved.
     """
-    processes = Processes.join(recipe)
+    processes, recipe = Processes.join(recipe), settled(recipe)
     run = RunDir.check(out, dump_recipe(recipe), resume) if processes.first else RunDir(out)
     session = prepare(recipe)
     if processes.first:

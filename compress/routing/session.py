@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from compress import console
 from compress.data import IntArray, TokenBlocks, tokenize
+from compress.device import tell_slow
 from compress.errors import UsageError
 from compress.evaluate import EvalText, positions
 from compress.measure import eval_texts, measure_text, text_source
@@ -109,6 +110,7 @@ def prepare(recipe: LearnRoutingRecipe) -> RoutingSession:
             revision=wanted.revision,
             trust_remote_code=wanted.trust_remote_code,
         )
+    tell_slow(loaded.model)
     if routing_of(loaded.model) is not None:
         raise UsageError(f"{wanted.source} has a routing already; start from the checkpoint that it was made from")
     limit = positions(loaded.model)

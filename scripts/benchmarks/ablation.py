@@ -36,7 +36,7 @@ from compress.data import TokenBlocks
 from compress.recipe import LearnMaskRecipe
 from compress.recipe_file import dump_recipe, load_recipe, recipe_path
 from compress.session import Session, prepare
-from compress.settings import learn_settings
+from compress.settings import learn_settings, settled
 from maskllm.learner import Learner
 from maskllm.storage import difference, mask_digest
 
@@ -131,7 +131,7 @@ def main() -> None:
 
 def variant(base: str, changes: Sequence[str], steps: int, seed: int) -> LearnMaskRecipe:
     """The recipe of one run."""
-    return load_recipe(recipe_path(base), [*COMMON, *changes, f"learn.steps={steps}", f"seed={seed}"])
+    return settled(load_recipe(recipe_path(base), [*COMMON, *changes, f"learn.steps={steps}", f"seed={seed}"]))
 
 
 def key_of(recipe: LearnMaskRecipe) -> str:

@@ -76,9 +76,10 @@ def run_stage(recipe_name: str, overrides: list[str], stage: str) -> dict[str, i
     from compress.heap import give_back, peak, resident, restart_peak
     from compress.recipe_file import load_recipe, recipe_path
     from compress.session import prepare
+    from compress.settings import settled
 
     # Learning repeats its steps, and scoring its windows: a few show the peak.
-    recipe = load_recipe(recipe_path(recipe_name), overrides)
+    recipe = settled(load_recipe(recipe_path(recipe_name), overrides))
     texts = {name: text.model_copy(update={"limit": 2}) for name, text in recipe.evaluate.texts.items()}
     recipe = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"texts": texts})})
     session = prepare(recipe)

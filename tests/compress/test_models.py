@@ -17,8 +17,9 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedTokenizerFast
 
 from compress import models as compress_models
+from compress.device import pick_device
 from compress.errors import CompressError, UsageError
-from compress.models import fingerprint, load_model, load_tokenizer, meta_model, pick_device, resolve_source
+from compress.models import fingerprint, load_model, load_tokenizer, meta_model, resolve_source
 from compress.weights import by_parameter, find_weights
 
 

@@ -42,7 +42,7 @@ def recipe(folder: Path, model: Any = None, **learn: Any) -> LearnMaskRecipe:
             "model": {"source": str(folder), "dtype": "float32", "device": "cpu"},
             "data": {"sources": [{"path": "asset:wikipedia"}], "seqlen": 16},
             "calibration": {"samples": 4},
-            "learn": {"steps": 3, "batch": 2, "micro_batch": 2, **learn},
+            "learn": {"steps": 3, "batch": 2, "micro_batch": 2, "precision": "bf16", **learn},
             "evaluate": {"texts": {"t": {"source": {"path": "asset:wikitext2-test"}, "seqlen": 16}}, "every": 1},
         }
     )
