@@ -27,7 +27,7 @@ class Plan:
 
     steps, tokens: of learning end to end; block_steps, block_tokens: of learning block by block, over all blocks.
     stages: what each stage holds at its fullest moment, in bytes (`compress.memory`). seconds: an estimate of the learning alone,
-    from the speed of a matrix product on this machine. processes: how many learn together; the bytes are those of the first, which holds most.
+    from the speed of a matrix product on this machine, in `precision`. processes: how many learn together; the bytes are those of the first, which holds most.
     """
 
     model: str
@@ -41,6 +41,7 @@ class Plan:
     stages: list[Stage]
     seconds: float
     device: str
+    precision: str
     processes: int
 
     @property
@@ -62,7 +63,7 @@ class Plan:
         if self.steps:
             lines.append(f"{self.steps} steps end to end, {self.tokens:,} tokens")
         time_needed = f"{self.seconds / 3600:.1f} hours" if self.seconds > 7200 else f"{self.seconds / 60:.0f} minutes"
-        lines.append(f"about {time_needed} of learning on this machine ({self.device})")
+        lines.append(f"about {time_needed} of learning on this machine ({self.device}, products in {self.precision})")
         place = "GPU" if self.device == "cuda" else "process"
         place += f" (the first of {self.processes})" if self.processes > 1 else ""
         lines.append(f"memory of the {place}, in bytes, at the fullest moment of each stage:")
@@ -118,6 +119,7 @@ def plan(recipe: LearnMaskRecipe, processes: int = 1) -> Plan:
         seconds=(products / _matmul_rate(learn.precision == "bf16", device.type) + masks)
         / (processes if device.type == "cuda" else 1),
         device=device.type,
+        precision=learn.precision,
         processes=processes,
     )
 

@@ -2,7 +2,7 @@
 //
 // A call prepares the activations once (conversion, quantisation, tiles: cpu_prepare.h), then threads take equal runs of rows over all the
 // matrices that share them. What a run computes with is chosen from the machine and the batch (cpu_plan.h): permuted activations
-// (cpu_avx512.h, cpu_avx2.h), tiles (cpu_amx.h), tokens as lanes (cpu_columns.h), or plain C++ (cpu_common.h).
+// (cpu_avx512.h, cpu_avx2.h), tiles (cpu_amx.h, cpu_panels.h), tokens as lanes (cpu_columns.h), or plain C++ (cpu_common.h).
 
 #include <omp.h>
 #include <stdlib.h>
@@ -127,16 +127,17 @@ void column_rows(const Plan& p, const Matrix& m, int64_t from, int64_t to, uint8
 }
 
 #if defined(__x86_64__)
-void tile_rows(const Plan& p, const Matrix& m, int64_t from, int64_t to, uint8_t* scratch) {
+// Calls multiply(block) for the blocks of rows [from, to).
+template <class Multiply>
+void each_block(const Plan& p, const Matrix& m, int64_t from, int64_t to, uint8_t* scratch, const Multiply& multiply) {
     const Call& c = p.call;
     const int64_t value_pitch = c.columns / 2 * type_size(c.value_type), meta_pitch = (c.columns + 7) / 8;
     const int64_t step = amx::block_rows(c.batch);
-    const amx::Configuration configured;
     for (int64_t row = from; row < to; row += step) {
         float bias[amx::kBlockRows];
         const int64_t rows = to - row < step ? to - row : step;
         for (int64_t r = 0; m.bias && r < rows; ++r) bias[r] = load_float(m.bias_type, m.bias, row + r);
-        const amx::RowBlock block{m.values + row * value_pitch,
+        multiply(amx::RowBlock{m.values + row * value_pitch,
                                value_pitch,
                                m.meta + row * meta_pitch,
                                meta_pitch,
@@ -150,14 +151,19 @@ void tile_rows(const Plan& p, const Matrix& m, int64_t from, int64_t to, uint8_t
                                m.out + row * type_size(c.out_type),
                                m.rows,
                                c.out_type,
-                               scratch};
-        if (p.form == Form::TILES_INT8)
-            amx::multiply_all<I8, true>(block);
-        else if (c.value_type == I8)
-            amx::multiply_all<I8, false>(block);
-        else
-            amx::multiply_all<BF16, false>(block);
+                               scratch});
     }
+}
+
+void tile_rows(const Plan& p, const Matrix& m, int64_t from, int64_t to, uint8_t* scratch) {
+    const bool int8 = p.call.value_type == I8;
+    if (p.form == Form::PANELS)
+        return each_block(p, m, from, to, scratch, int8 ? panels::multiply_all<I8> : panels::multiply_all<BF16>);
+    const amx::Configuration configured;
+    const auto multiply = p.form == Form::TILES_INT8 ? amx::multiply_all<I8, true>
+                          : int8                     ? amx::multiply_all<I8, false>
+                                                     : amx::multiply_all<BF16, false>;
+    each_block(p, m, from, to, scratch, multiply);
 }
 #endif
 

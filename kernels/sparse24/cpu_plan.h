@@ -11,6 +11,7 @@
 #include "cpu_amx.h"
 #include "cpu_avx2.h"
 #include "cpu_avx512.h"
+#include "cpu_panels.h"
 #define IF_X86(...) __VA_ARGS__
 #else
 #define IF_X86(...)
@@ -80,8 +81,9 @@ enum Status : int { OK = 0, OUT_OF_MEMORY = 1, UNSUPPORTED = 2 };
 
 // ---- How a call is computed
 
-// The activations as kernels read them: as given or fp32, bf16 as given, int8 + 128 as uint8, int8 as int16, transposed fp32, or tiles.
-enum class Form { FLOAT, BF16, OFFSET, WORDS, COLUMNS, TILES_BF16, TILES_INT8 };
+// The activations as kernels read them: as given or fp32, bf16 as given, int8 + 128 as uint8, int8 as int16, transposed fp32, or tiles
+// (PANELS: tiles of bf16 for the kernel without AMX).
+enum class Form { FLOAT, BF16, OFFSET, WORDS, COLUMNS, PANELS, TILES_BF16, TILES_INT8 };
 
 struct Kernels {
     BlockKernel one_row[kMaxTokens], four_rows[kMaxTokens];  // by tokens - 1
@@ -92,6 +94,9 @@ constexpr int64_t kTilesBatchBf16 = 3;
 constexpr int64_t kTilesBatchInt8 = 4;
 // From this batch on tokens as lanes are faster than permuted activations.
 constexpr int64_t kColumnsBatch = 32;
+// From this batch on, without AMX, dense panels and the bf16 instruction take the place of permuted activations; tokens as lanes have only
+// fp32 instructions.
+constexpr int64_t kPanelsBatch = 32;
 constexpr int64_t kTilesMaxColumns = 131072;  // int32 sums of int8 products: 127^2 * columns / 2 < 2^31
 // Activations of the tokens and columns in work at once. One or two tokens: as many as a second-level cache gives without delay, because
 // rows that are read in pieces do not stream (0.65 of the bandwidth instead of 0.95, with 14336 columns). More: half a 48 KiB first-level cache.
@@ -143,7 +148,7 @@ struct Plan {
     float* token_scale = nullptr;     // [batch], for INT8_ACTIVATION
     uint8_t* not_finite = nullptr;  // [batch]: whether a token has NaN or infinity
 
-    bool tiles() const { return form == Form::TILES_BF16 || form == Form::TILES_INT8; }
+    bool tiles() const { return form == Form::PANELS || form == Form::TILES_BF16 || form == Form::TILES_INT8; }
     int64_t unit_tokens() const { return form == Form::COLUMNS ? columns::kTokens : tiles() ? 16 : 1; }  // prepared together
     int64_t work_bytes() const;
     bool in_place() const {
@@ -186,6 +191,10 @@ Plan make_plan(const Call& c) {
     if (c.x_type == BF16 && (c.value_type == BF16 || c.value_type == I8)) {
         if ((has & AMX) && c.batch >= kTilesBatchBf16) {
             p.form = Form::TILES_BF16, p.element = 2;
+            return p;
+        }
+        if ((has & AVX512_BF16) && (has & AVX512_VNNI) && c.batch >= kPanelsBatch) {
+            p.form = Form::PANELS, p.element = 2;
             return p;
         }
         if ((has & AVX512_BF16) && c.batch < kColumnsBatch) {

@@ -89,7 +89,8 @@ void prepare(const Plan& p, uint8_t* prepared, uint8_t* work, int64_t unit) {
 #if defined(__x86_64__)
     const int64_t steps = round_up(c.columns, 64) * p.element / 64;
     uint8_t* tile = prepared + unit * steps * amx::kTile;
-    if (p.form == Form::TILES_BF16) amx::pack_tokens(c.x, c.x_pitch, c.columns / 2, first, c.batch, steps, tile);
+    if (p.form == Form::TILES_BF16 || p.form == Form::PANELS)
+        amx::pack_tokens(c.x, c.x_pitch, c.columns / 2, first, c.batch, steps, tile);
     if (p.form == Form::TILES_INT8)
         amx::pack_tokens(reinterpret_cast<uint8_t*>(quantized), c.columns, c.columns / 4, 0, last - first, steps, tile);
 #endif
