@@ -27,7 +27,8 @@ class Plan:
 
     steps, tokens: of learning end to end; block_steps, block_tokens: of learning block by block, over all blocks.
     stages: what each stage holds at its fullest moment, in bytes (`compress.memory`). seconds: an estimate of the learning alone,
-    from the speed of a matrix product on this machine, in `precision`. processes: how many learn together; the bytes are those of the first, which holds most.
+    from the speed of a matrix product on this machine in `precision`. processes: how many learn together; the bytes are those of the
+    first, which holds most.
     """
 
     model: str
