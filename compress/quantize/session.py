@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from compress import console
+from compress.checkpoint import Checkpoint
 from compress.data import TokenBlocks, tokenize
 from compress.device import tell_slow
 from compress.errors import UsageError
 from compress.evaluate import EvalText, positions
 from compress.masks import masks_of_model, open_mask
 from compress.measure import eval_texts, measure_text, text_source
+from compress.models import LoadedModel
 from compress.moe.mixture import Mixture, find_mixture
 from compress.moe.rerouted import comparing
 from compress.quantize.grid import Kind
@@ -31,6 +33,7 @@ from compress.stream import StreamedModel, open_streamed
 from compress.structure import Block
 from compress.walk import Batch
 from compress.weights import WeightRef, by_parameter, find_weights
+from maskllm.safefile import DTYPES
 from maskllm.storage import mask_digest
 
 _BATCH = 8  # calibration sequences a forward pass
@@ -252,21 +255,30 @@ def _images(recipe: QuantizeRecipe, streamed: StreamedModel) -> list[dict[str, T
     return found
 
 
+def stored_type(loaded: LoadedModel) -> torch.dtype | None:
+    """The one type that all of a local checkpoint is stored in, which exports keep whatever the model computes in; else None."""
+    if loaded.folder is None or loaded.gguf_file or not any(loaded.folder.glob("*.safetensors")):
+        return None
+    kinds = {info.dtype for info in Checkpoint(loaded.folder).tensors.values()}
+    return DTYPES[kinds.pop()] if len(kinds) == 1 else None
+
+
 def other_size(session: QuantizeSession, rest: dict[str, tuple[int, int]], skip: Sequence[str] = ()) -> tuple[int, int]:
-    """Weights and bytes of everything that is no routed expert: quantised matrices with scales, all else in its own type."""
+    """Weights and bytes of everything that is no routed expert: quantised matrices with scales, all else in the type it is stored in."""
     from compress.moe.assign import matrix_bytes
 
     quantizer = session.quantizer()
     inside = {id(ref.parameter): 0 for ref in session.refs if ref.expert is not None}
     by_parameter = {ref.full_name: ref for ref in session.refs if ref.name in rest}
     weights = nbytes = 0
+    kept = stored_type(session.streamed.loaded)
     for name, parameter in session.streamed.model.named_parameters():
         if id(parameter) in inside:
             continue
         weights += parameter.numel()
         ref = by_parameter.get(name)
         if ref is None:
-            nbytes += parameter.numel() * parameter.dtype.itemsize
+            nbytes += parameter.numel() * (kept or parameter.dtype).itemsize
         else:
             bits, group = rest[ref.name]
             nbytes += matrix_bytes(quantizer.grid(bits, group), *ref.shape)
