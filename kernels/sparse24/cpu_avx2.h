@@ -71,11 +71,11 @@ INLINE_AVX2 void gather_f32_step(const Block& k, int64_t c, const __m256i (&code
     }
 }
 
-// 32 columns, 16 kept values a step, in two halves with sums of their own: with one row and token a sum waits for the one before it.
+// 32 columns, 16 kept values a step. The terms of a sum have one order whatever R and B are, so that a token's result does not depend on how many
+// others it comes with.
 template <Type V, int R, int B>
 __attribute__((target(T_AVX2))) void gather_f32(const Block& k) {
-    constexpr int kSums = R * B <= 4 ? 2 : 1;
-    __m256 sums[kSums][R][B] = {};
+    __m256 acc[R][B] = {};
     // Where the codes of four groups have the index of each of the eight kept values, in the order of `load_kept`.
     const __m256i shifts = _mm256_setr_epi32(0, 2, 8, 10, 4, 6, 12, 14), upper = _mm256_add_epi32(shifts, _mm256_set1_epi32(16));
     const uint8_t* meta = k.meta;
@@ -87,20 +87,19 @@ __attribute__((target(T_AVX2))) void gather_f32(const Block& k) {
             _mm_prefetch(reinterpret_cast<const char*>(k.values + r * k.value_pitch + c / 2 * type_size(V)) + kPrefetch, _MM_HINT_T1);
             codes[r] = _mm256_set1_epi32(load_as<int>(meta + r * k.meta_pitch));
         }
-        gather_f32_step<V>(k, c, codes, shifts, sums[0]);
-        gather_f32_step<V>(k, c + 16, codes, upper, sums[kSums - 1]);
+        gather_f32_step<V>(k, c, codes, shifts, acc);
+        gather_f32_step<V>(k, c + 16, codes, upper, acc);
     }
     if (c + 16 <= k.columns) {
         for (int r = 0; r < R; ++r) codes[r] = _mm256_set1_epi32(load_as<uint16_t>(meta + r * k.meta_pitch));
-        gather_f32_step<V>(k, c, codes, shifts, sums[0]);
+        gather_f32_step<V>(k, c, codes, shifts, acc);
         c += 16;
     }
     for (int r = 0; r < R; ++r)
-        for (int b = 0; b < B; ++b) {
-            const __m256 sum = kSums == 2 ? _mm256_add_ps(sums[0][r][b], sums[1][r][b]) : sums[0][r][b];
-            k.sum[b * k.sum_pitch + r] += sum8(sum) + gathered_sum<V, float>(k.values + r * k.value_pitch, k.meta + r * k.meta_pitch,
-                                                                            reinterpret_cast<const float*>(k.x + b * k.x_pitch), c, k.columns);
-        }
+        for (int b = 0; b < B; ++b)
+            k.sum[b * k.sum_pitch + r] +=
+                sum8(acc[r][b]) + gathered_sum<V, float>(k.values + r * k.value_pitch, k.meta + r * k.meta_pitch,
+                                                         reinterpret_cast<const float*>(k.x + b * k.x_pitch), c, k.columns);
 }
 
 // int8 activations as int16, int8 values: 16 columns a step. A lane takes at most 2 * 127^2 a step, far from overflow within a span.
