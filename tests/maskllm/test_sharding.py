@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from compress.device import multiplies
 from maskllm.errors import MaskError
 from maskllm.optim import BLOCK
 from maskllm.parametrization import MaskState, MaskTarget, attach, own_parameter
@@ -173,6 +174,10 @@ def test_two_processes_end_in_the_bits_of_one(name: str, two: Path, alone: Path)
 
 @pytest.mark.parametrize("name", ["noise", "patterns", "experts", "no-noise", "bf16", "by-weight", "summed"])
 def test_clipped_or_summed_they_differ_by_rounding(name: str, two: Path, alone: Path) -> None:
+    if name == "bf16" and not multiplies(torch.bfloat16, torch.device("cpu")):
+        pytest.skip(
+            "this processor has no instructions for bfloat16: how torch rounds its products there depends on how many rows there are"
+        )
     which = next(c for c in TWO if c["name"] == name)
     here, there = in_one(which, alone), found(two, name)
     torch.testing.assert_close(there["losses"], here["losses"], rtol=1e-4, atol=0)
