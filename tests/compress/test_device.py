@@ -122,7 +122,7 @@ def test_a_run_records_what_it_computed_in_and_keeps_to_it(tmp_path: Path, monke
         learn_mask(mask_recipe(), tmp_path / "run", resume=True, resume_command="")
 
 
-def test_a_slow_type_is_told_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_slow_type_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     machine_with(monkeypatch)
     monkeypatch.setattr(device, "_told", set())
     with console.log.capture() as said:
