@@ -24,7 +24,7 @@ from compress.moe.profile_store import LayerProfile, ProfileStore
 from compress.moe.tune import tune_routers
 from compress.quantize.model import quantize_model, rest_widths
 from compress.quantize.report import write_profile_report, write_quantize_report
-from compress.quantize.session import QuantizeSession, other_size, prepare, stored_type
+from compress.quantize.session import QuantizeSession, other_size, prepare
 from compress.quantize.store import QuantizedStore
 from compress.recipe_file import dump_recipe
 from compress.recipe_quantize import QuantizeRecipe
@@ -245,8 +245,7 @@ def sizes(session: QuantizeSession, widths: Widths, other_weights: int, other_by
                 weights += rows * columns
                 nbytes += matrix_bytes(quantizer.grid(width, group), rows, columns)
     total = weights + other_weights
-    kept = stored_type(session.streamed.loaded)
-    before = sum(p.numel() * (kept or p.dtype).itemsize for p in session.streamed.model.parameters())
+    before = sum(p.numel() * (session.stored_type or p.dtype).itemsize for p in session.streamed.model.parameters())
     return {
         "average_bits": bits / weights,
         "expert_weights": weights,

@@ -21,7 +21,6 @@ from compress.errors import UsageError
 from compress.evaluate import EvalText, positions
 from compress.masks import masks_of_model, open_mask
 from compress.measure import eval_texts, measure_text, text_source
-from compress.models import LoadedModel
 from compress.moe.mixture import Mixture, find_mixture
 from compress.moe.rerouted import comparing
 from compress.quantize.grid import Kind
@@ -68,6 +67,15 @@ class QuantizeSession:
             wanted.token_weights,
             wanted.keep_zeros,
         )
+
+    @functools.cached_property
+    def stored_type(self) -> torch.dtype | None:
+        """The one type that all of a local checkpoint is stored in, which exports keep whatever the model computes in; else None."""
+        loaded = self.streamed.loaded
+        if loaded.folder is None or loaded.gguf_file or not any(loaded.folder.glob("*.safetensors")):
+            return None
+        kinds = {info.dtype for info in Checkpoint(loaded.folder).tensors.values()}
+        return DTYPES[kinds.pop()] if len(kinds) == 1 else None
 
     @functools.cached_property
     def identity(self) -> dict[str, str]:
@@ -255,14 +263,6 @@ def _images(recipe: QuantizeRecipe, streamed: StreamedModel) -> list[dict[str, T
     return found
 
 
-def stored_type(loaded: LoadedModel) -> torch.dtype | None:
-    """The one type that all of a local checkpoint is stored in, which exports keep whatever the model computes in; else None."""
-    if loaded.folder is None or loaded.gguf_file or not any(loaded.folder.glob("*.safetensors")):
-        return None
-    kinds = {info.dtype for info in Checkpoint(loaded.folder).tensors.values()}
-    return DTYPES[kinds.pop()] if len(kinds) == 1 else None
-
-
 def other_size(session: QuantizeSession, rest: dict[str, tuple[int, int]], skip: Sequence[str] = ()) -> tuple[int, int]:
     """Weights and bytes of everything that is no routed expert: quantised matrices with scales, all else in the type it is stored in."""
     from compress.moe.assign import matrix_bytes
@@ -271,14 +271,13 @@ def other_size(session: QuantizeSession, rest: dict[str, tuple[int, int]], skip:
     inside = {id(ref.parameter): 0 for ref in session.refs if ref.expert is not None}
     by_parameter = {ref.full_name: ref for ref in session.refs if ref.name in rest}
     weights = nbytes = 0
-    kept = stored_type(session.streamed.loaded)
     for name, parameter in session.streamed.model.named_parameters():
         if id(parameter) in inside:
             continue
         weights += parameter.numel()
         ref = by_parameter.get(name)
         if ref is None:
-            nbytes += parameter.numel() * (kept or parameter.dtype).itemsize
+            nbytes += parameter.numel() * (session.stored_type or parameter.dtype).itemsize
         else:
             bits, group = rest[ref.name]
             nbytes += matrix_bytes(quantizer.grid(bits, group), *ref.shape)
