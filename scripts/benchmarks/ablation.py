@@ -2,12 +2,18 @@
 
     python scripts/benchmarks/ablation.py --out ablation.jsonl [--steps 30 120] [--seeds 3] [--only base "the paper's"]
     python scripts/benchmarks/ablation.py --out ablation.jsonl --table
+    python scripts/benchmarks/ablation.py --out smollm2.jsonl --recipe smollm2-135m --text c4.txt --steps 120 --seeds 1
 
-The base is `recipes/quickstart.yaml` with the learning rate that it had before this comparison, 4e-3; every choice below changes only the keys
-that stand beside it. A step is that of the recipe (2,048 tokens), and all schedules are stretched to the number of steps. Learned from the first
-90 % of the embedded Wikipedia text and of WikiText-2 validation. The column to choose by, `held out`, is the geometric mean of the perplexities
-on the remaining 10 % of both, so that WikiText-2 test, the second column, decides nothing. A seed orders the text and draws the noise; the prior is
-the same for all seeds.
+Every choice below changes only the keys that stand beside it, and all schedules are stretched to the number of steps. Two recipes can be the base:
+
+- `quickstart`, with the learning rate that it had before this comparison, 4e-3; a step has 2,048 tokens. Learned from the first 90 % of the
+  embedded Wikipedia text and of WikiText-2 validation; `held out` is the remaining 10 % of both.
+- `smollm2-135m`, at a rate of 1e-3 for 120 steps, for others scaled by one over the root of their number; a step has 512 tokens. Learned from the
+  first 96 % of `--text`, three parts to one with those of the embedded Wikipedia text; `held out` is WikiText-2 validation and the last 2 % of
+  `--text`.
+
+The column to choose by, `held out`, is the geometric mean of the perplexities on these two, so that WikiText-2 test, the second column, decides
+nothing. A seed orders the text and draws the noise; the prior is the same for all seeds, and kept beside the output file.
 
 Every run is a line of the output file as soon as it is finished, so an interrupted series goes on where it was; lines of other recipes are kept
 and not read. Seeds are the outer loop: whenever it is stopped, all choices have been run equally often, up to one.
@@ -17,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -24,7 +31,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,58 +41,36 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from compress.data import TokenBlocks
-from compress.recipe import LearnMaskRecipe
+from compress.recipe import LearnMaskRecipe, LearnSection
 from compress.recipe_file import dump_recipe, load_recipe, recipe_path
 from compress.session import Session, prepare
 from compress.settings import learn_settings, settled
 from maskllm.learner import Learner
-from maskllm.storage import difference, mask_digest
+from maskllm.storage import difference, load_masks, mask_digest, save_masks
 
-HELD_OUT = ("wikipedia", "wikitext2-valid")  # held out of the text that is learned from
-SPLIT = 0.9
-COMMON = [
-    f"data.sources.0.span=[0, {SPLIT}]",
-    f"data.sources.1.span=[0, {SPLIT}]",
-    *(
-        f"evaluate.texts.{name}={{source: {{path: 'asset:{name}', span: [{SPLIT}, 1]}}, seqlen: 256, limit: 64}}"
-        for name in HELD_OUT
-    ),
-    "evaluate.texts.wikitext2={source: {path: 'asset:wikitext2-test'}, seqlen: 256, limit: 64}",
-    "learn.learning_rate=4e-3",
-    "evaluate.every=0",
-    "evaluate.baselines=[]",
-]
 PAPER_SCHEDULES = ["learn.temperature={start: 4, end: 0.05, curve: linear}", "learn.scale={start: 100, end: 500, curve: linear}"]
 PAPER = [
     "learn.parametrization=patterns",
     "learn.noise=true",
     "prior.noise=true",
     *PAPER_SCHEDULES,
+    "learn.betas=[0.9, 0.95]",
     "learn.regulariser=1e-5",
     "learn.weight_decay=0.1",
     "learn.warmup=0",
     "learn.cross_entropy=1",
     "learn.distillation=0",
 ]
-# (factor, choice, what it changes). The paper's learning rate is that of its smallest models, 843 M and 2 B parameters.
-CHOICES: list[tuple[str, str, list[str]]] = [
-    ("", "base", []),
-    ("", "the paper's", [*PAPER, "learn.learning_rate=1e-3"]),
-    ("", "the paper's, rate 2e-3 and warm-up", [*PAPER, "learn.warmup=0.1", "learn.learning_rate=2e-3"]),
-    ("", "the paper's, rate 4e-3 and warm-up", [*PAPER, "learn.warmup=0.1"]),
-    ("learning rate", "2e-3", ["learn.learning_rate=2e-3"]),
-    ("learning rate", "1e-3", ["learn.learning_rate=1e-3"]),
+CE, KL = ["learn.cross_entropy=1", "learn.distillation=0"], ["learn.cross_entropy=0", "learn.distillation=1"]
+BOTH = ["learn.cross_entropy=0.5", "learn.distillation=0.5"]
+TO_10000 = ["learn.temperature.end=0.05", "learn.scale={start: 100, end: 500, curve: linear}"]
+Choice = tuple[str, str, list[str]]  # factor, choice, what it changes
+SHARED: list[Choice] = [
     ("parametrization", "patterns", ["learn.parametrization=patterns"]),
     ("annealing", "temperature linear", ["learn.temperature.curve=linear"]),
-    (
-        "annealing",
-        "sharpness to 10,000",
-        ["learn.temperature.end=0.05", "learn.scale={start: 100, end: 500, curve: linear}"],
-    ),
+    ("annealing", "sharpness to 10,000", TO_10000),
     ("annealing", "the paper's schedules", PAPER_SCHEDULES),
     ("noise", "Gumbel", ["learn.noise=true"]),
-    ("loss", "distillation", ["learn.cross_entropy=0", "learn.distillation=1"]),
-    ("loss", "both, 1 : 1", ["learn.cross_entropy=0.5", "learn.distillation=0.5"]),
     ("regulariser", "1e-5", ["learn.regulariser=1e-5"]),
     ("prior", "magnitude", ["prior.method=magnitude"]),
     ("prior", "Wanda", ["prior.method=wanda"]),
@@ -93,45 +79,122 @@ CHOICES: list[tuple[str, str, list[str]]] = [
 ]
 
 
+@dataclass(frozen=True)
+class Base:
+    """A recipe to vary. rate: its learning rate by the number of steps; held_out: the texts to choose by."""
+
+    common: Callable[[Path | None], list[str]]
+    rate: Callable[[int], float]
+    held_out: tuple[str, str]
+    choices: list[Choice]
+
+
+def quickstart(text: Path | None) -> list[str]:
+    """Both embedded texts, the end of each held out."""
+    part = "seqlen: 256, limit: 64"
+    return [
+        "data.sources.0.span=[0, 0.9]",
+        "data.sources.1.span=[0, 0.9]",
+        f"evaluate.texts.wikipedia={{source: {{path: 'asset:wikipedia', span: [0.9, 1]}}, {part}}}",
+        f"evaluate.texts.wikitext2-valid={{source: {{path: 'asset:wikitext2-valid', span: [0.9, 1]}}, {part}}}",
+        f"evaluate.texts.wikitext2={{source: {{path: 'asset:wikitext2-test'}}, {part}}}",
+    ]
+
+
+def smollm2(text: Path | None) -> list[str]:
+    """The embedded Wikipedia text and three times as much of `text`, whose end is held out."""
+    if text is None:
+        raise SystemExit("this recipe learns from a text of yours beside the embedded one, for example C4: give --text FILE.txt")
+    part = "seqlen: 1024, limit: 8, bos: none"
+    return [
+        f"data.sources=[{{path: 'asset:wikipedia', span: [0, 0.96], weight: 1}}, {{path: '{text}', span: [0, 0.96], weight: 3}}]",
+        f"evaluate.texts={{wikitext2: {{source: {{path: 'asset:wikitext2-test'}}, {part}}}, "
+        f"wikitext2-valid: {{source: {{path: 'asset:wikitext2-valid'}}, {part}}}, text: {{source: {{path: '{text}', span: [0.98, 1]}}, {part}}}}}",
+    ]
+
+
+# The paper's learning rate is that of its smallest models, 843 M and 2 B parameters.
+BASES = {
+    "quickstart": Base(
+        quickstart,
+        lambda steps: 4e-3,
+        ("wikipedia", "wikitext2-valid"),
+        [
+            ("", "base", []),
+            ("", "the paper's", [*PAPER, "learn.learning_rate=1e-3"]),
+            ("", "the paper's, rate 2e-3 and warm-up", [*PAPER, "learn.warmup=0.1", "learn.learning_rate=2e-3"]),
+            ("", "the paper's, rate 4e-3 and warm-up", [*PAPER, "learn.warmup=0.1"]),
+            ("learning rate", "2e-3", ["learn.learning_rate=2e-3"]),
+            ("learning rate", "1e-3", ["learn.learning_rate=1e-3"]),
+            ("loss", "distillation", KL),
+            ("loss", "both, 1 : 1", BOTH),
+            *SHARED,
+        ],
+    ),
+    "smollm2-135m": Base(
+        smollm2,
+        lambda steps: 1e-3 * math.sqrt(120 / steps),
+        ("text", "wikitext2-valid"),
+        [
+            ("", "base", []),
+            ("", "the paper's", [*PAPER, "learn.learning_rate=1e-3"]),
+            ("loss", "cross-entropy", CE),
+            ("loss", "both, 1 : 1", BOTH),
+            ("sequence", "1 of 512 tokens", ["data.seqlen=512", "learn.batch=1", "learn.micro_batch=1"]),
+            ("annealing", "sharpness from 300", ["learn.temperature.start=0.3333"]),
+            *SHARED,
+        ],
+    ),
+}
+
+
 def main() -> None:
     """Run what is missing in the output file, or print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON lines, a line a run")
-    parser.add_argument(
-        "--recipe", default="quickstart", help="the base: a recipe whose text is two embedded ones, Wikipedia first"
-    )
+    parser.add_argument("--recipe", choices=BASES, default="quickstart", help="the base")
+    parser.add_argument("--text", type=Path, help="with smollm2-135m: a text to learn from beside the embedded one")
     parser.add_argument("--steps", type=int, nargs="+", default=[30, 120], help="budgets")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
     parser.add_argument("--only", nargs="+", metavar="CHOICE", help="run these choices only")
     parser.add_argument("--table", action="store_true", help="print what is there as Markdown, and run nothing")
     arguments = parser.parse_args()
-    rows = read_rows(arguments.out)
+    rows, choices = read_rows(arguments.out), BASES[arguments.recipe].choices
+    make = functools.partial(variant, arguments.recipe, arguments.text)
     if arguments.table:
-        print(table(arguments.recipe, rows, arguments.steps))
+        print(table(arguments.recipe, make, rows, arguments.steps))
         return
-    unknown = set(arguments.only or []) - {choice for _, choice, _ in CHOICES}
+    unknown = set(arguments.only or []) - {choice for _, choice, _ in choices}
     if unknown:
-        parser.error(f"no choice {', '.join(sorted(unknown))}; there are {', '.join(c for _, c, _ in CHOICES)}")
+        parser.error(f"no choice {', '.join(sorted(unknown))}; there are {', '.join(c for _, c, _ in choices)}")
     known = {row["key"] for row in rows}
     runs = []
     for seed in range(arguments.seeds):
         for steps in sorted(arguments.steps):
-            for _, choice, changes in CHOICES:
-                recipe = variant(arguments.recipe, changes, steps, seed)
+            for _, choice, changes in choices:
+                recipe = make(changes, steps, seed)
                 if (not arguments.only or choice in arguments.only) and key_of(recipe) not in known:
                     runs.append((choice, recipe))
     print(f"{len(runs)} runs to do, {len(known)} lines known", file=sys.stderr)
     if runs:
-        ablation = Ablation(variant(arguments.recipe, [], arguments.steps[0], 0), arguments.out)
+        ablation = Ablation(make([], arguments.steps[0], 0), arguments.out)
         for method in ("dense", *dict.fromkeys(recipe.prior.method for _, recipe in runs)):
             ablation.reference(method, known)
         for choice, recipe in runs:
             ablation.run(choice, recipe)
 
 
-def variant(base: str, changes: Sequence[str], steps: int, seed: int) -> LearnMaskRecipe:
+def variant(base: str, text: Path | None, changes: Sequence[str], steps: int, seed: int) -> LearnMaskRecipe:
     """The recipe of one run."""
-    return settled(load_recipe(recipe_path(base), [*COMMON, *changes, f"learn.steps={steps}", f"seed={seed}"]))
+    common = [
+        *BASES[base].common(text),
+        "evaluate.every=0",
+        "evaluate.baselines=[]",
+        f"learn.learning_rate={BASES[base].rate(steps):.4g}",
+    ]
+    recipe = load_recipe(recipe_path(base), [*common, *changes, f"learn.steps={steps}", f"seed={seed}"])
+    assert isinstance(recipe, LearnMaskRecipe)
+    return settled(recipe)
 
 
 def key_of(recipe: LearnMaskRecipe) -> str:
@@ -149,7 +212,14 @@ class Ablation:
 
     def prior(self, method: str) -> dict[str, Tensor]:
         if method not in self.priors:
-            self.priors[method] = self.session.one_shot(method).masks  # type: ignore[arg-type]
+            session = self.session
+            seen = key_of(session.recipe.model_copy(update={"learn": LearnSection()}))[
+                :8
+            ]  # what a prior does not depend on left out
+            file = self.out.with_name(f"{self.out.name}.{seen}.{method}.safetensors")
+            if not file.exists():
+                save_masks(file, session.one_shot(method).masks, session.pattern, session.contracted)  # type: ignore[arg-type]
+            self.priors[method] = dict(load_masks(file).masks)
         return self.priors[method]
 
     def reference(self, method: str, known: set[str]) -> None:
@@ -218,50 +288,53 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def held_out(row: dict[str, Any]) -> float:
-    """Geometric mean of the perplexities on the held-out parts."""
-    return math.exp(statistics.fmean(math.log(row["perplexities"][name]) for name in HELD_OUT))
+def held_out(base: str, row: dict[str, Any]) -> float:
+    """Geometric mean of the perplexities on the held-out texts."""
+    return math.exp(statistics.fmean(math.log(row["perplexities"][name]) for name in BASES[base].held_out))
 
 
-def table(base: str, rows: list[dict[str, Any]], budgets: Sequence[int]) -> str:
+def table(base: str, make: Callable[..., LearnMaskRecipe], rows: list[dict[str, Any]], budgets: Sequence[int]) -> str:
     """Markdown: a line a choice, mean and range over the seeds, held out and test at each budget; how many seeds, where it is not all."""
     by_key = {row["key"]: row for row in rows}
     lines = [
         "| " + " | ".join(["factor", "choice", *(f"{s} steps: held out | test | flipped" for s in sorted(budgets))]) + " |",
         "| " + " | ".join(["---", "---", *["---: | ---: | ---:"] * len(budgets)]) + " |",
     ]
-    reference = key_of(variant(base, [], budgets[0], 0))
+    reference = key_of(make([], budgets[0], 0))
     for method in ("dense", "sparsegpt", "wanda", "magnitude"):
         row = by_key.get(f"{reference} {method}")
         if row:
-            cells = [f"{held_out(row):.1f}", f"{row['perplexities']['wikitext2']:.1f}", ""]
+            cells = [f"{held_out(base, row):.1f}", f"{row['perplexities']['wikitext2']:.1f}", ""]
             name = method if method == "dense" else f"{method}, not learned"
             lines.append("| " + " | ".join(["", name, *cells * len(budgets)]) + " |")
-    found = {(c, steps): list(_runs(by_key, base, changes, steps)) for _, c, changes in CHOICES for steps in sorted(budgets)}
+    choices = BASES[base].choices
+    found = {(c, steps): list(_runs(by_key, make, changes, steps)) for _, c, changes in choices for steps in sorted(budgets)}
     most = max(map(len, found.values()))
-    for factor, choice, _ in CHOICES:
-        cells = [cell for steps in sorted(budgets) for cell in _cells(found[choice, steps], most)]
+    for factor, choice, _ in choices:
+        cells = [cell for steps in sorted(budgets) for cell in _cells(base, found[choice, steps], most)]
         if any(cells):
             lines.append("| " + " | ".join([factor, choice, *cells]) + " |")
     return "\n".join(lines)
 
 
-def _runs(by_key: dict[str, dict[str, Any]], base: str, changes: Sequence[str], steps: int) -> Iterator[dict[str, Any]]:
+def _runs(
+    by_key: dict[str, dict[str, Any]], make: Callable[..., LearnMaskRecipe], changes: Sequence[str], steps: int
+) -> Iterator[dict[str, Any]]:
     """What was run of a choice at one budget, by seed."""
     seed = 0
-    while row := by_key.get(key_of(variant(base, changes, steps, seed))):
+    while row := by_key.get(key_of(make(changes, steps, seed))):
         yield row
         seed += 1
 
 
-def _cells(found: Sequence[dict[str, Any]], seeds: int) -> list[str]:
+def _cells(base: str, found: Sequence[dict[str, Any]], seeds: int) -> list[str]:
     if not found:
         return ["", "", ""]
-    columns = [held_out(r) for r in found], [r["perplexities"]["wikitext2"] for r in found]
+    columns = [held_out(base, r) for r in found], [r["perplexities"]["wikitext2"] for r in found]
     texts = [f"{statistics.fmean(c):.1f}" + (f" ({min(c):.1f} to {max(c):.1f})" if len(c) > 1 else "") for c in columns]
     if len(found) < seeds:
         texts[0] += f", {len(found)} seed{'s' if len(found) > 1 else ''}"
-    return [*texts, f"{100 * statistics.fmean(r['flipped'] for r in found):.1f} %"]
+    return [*texts, f"{100 * statistics.fmean(r['flipped'] for r in found):.{2 if base != 'quickstart' else 1}f} %"]
 
 
 if __name__ == "__main__":
