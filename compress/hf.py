@@ -19,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress import packed, packed_moe, runtime, runtime_lowbit
 from compress.checkpoint import TensorInfo, read_header
+from compress.decode import fuse
 from compress.routing.quantizer import RoutingConfig, RoutingQuantizer
 from compress.routing.storage import attach_saved
 
@@ -112,6 +113,11 @@ class Packed24Quantizer(_PackedQuantizer):
 
     def _check(self, model: PreTrainedModel) -> None:
         runtime.check_loaded(model, self.matrices, self.where)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        loaded = super()._process_model_after_weight_loading(model, **kwargs)
+        fuse(loaded)
+        return loaded
 
 
 @register_quantization_config(packed_moe.QUANT_METHOD)

@@ -5,34 +5,15 @@
 // (cpu_avx512.h, cpu_avx2.h), tiles (cpu_amx.h, cpu_panels.h), tokens as lanes (cpu_columns.h), or plain C++ (cpu_common.h).
 
 #include <omp.h>
-#include <stdlib.h>
 
+#include "cpu_decode.h"
 #include "cpu_prepare.h"
+#include "cpu_scratch.h"
 
 #define API extern "C" __attribute__((visibility("default")))
 
 namespace {
 
-// ---- Memory that a thread keeps between calls, so that decoding does not pay for pages again
-
-class Scratch {
-public:
-    ~Scratch() { free(data_); }
-    uint8_t* get(int64_t bytes) {
-        if (bytes > size_) {
-            free(data_);
-            size_ = 0;
-            data_ = static_cast<uint8_t*>(aligned_alloc(64, size_t(round_up(bytes, 64))));
-            if (!data_) return nullptr;
-            size_ = bytes;
-        }
-        return data_;
-    }
-
-private:
-    uint8_t* data_ = nullptr;
-    int64_t size_ = 0;
-};
 thread_local Scratch t_prepared, t_work;
 
 // ---- Computing a run of rows
@@ -277,6 +258,10 @@ API int sparse24_linear(const Call* call) {
     if (status == OK && c.activation == FLOAT_ACTIVATION) restore_not_finite(plan, reinterpret_cast<int64_t*>(prepared + side + bytes));
     return status;
 }
+
+// One token through all decoder layers, and through a dense head: cpu_decode.h. Each returns a Status.
+API int sparse24_decode_token(const decode::Token* token) { return decode::Pass(*token).run(); }
+API int sparse24_dense_token(const decode::Dense* call) { return decode::dense_token(*call); }
 
 // Reads `bytes` (a multiple of 512 a thread, the rest left out) as fast as memory gives them; the sum keeps the reads.
 API int64_t sparse24_read(const uint8_t* data, int64_t bytes, int64_t threads) {

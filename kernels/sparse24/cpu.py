@@ -15,9 +15,9 @@ from compress_kernels.sparse24.packing import Packed24
 from compress_kernels.sparse24.reference import Activation
 
 _LIBRARY = native("sparse24").library
-_TYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}  # enum Type
-_FLOATING = (torch.float32, torch.bfloat16, torch.float16)
-_ACTIVATION = {"float": 0, "int8": 1, "dense": 2}  # enum Activation
+TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}  # enum Type
+FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+ACTIVATION_CODES = {"float": 0, "int8": 1, "dense": 2}  # enum Activation
 _OUT_OF_MEMORY = 1
 _WORDS = 7  # of 8 bytes, of struct Matrix
 FEATURES = ("avx2", "avx512", "avx512 bf16", "avx512 vnni", "amx")  # enum Feature, from bit 0
@@ -31,14 +31,14 @@ def features() -> tuple[str, ...]:
 
 def use_features(names: Sequence[str]) -> tuple[str, ...]:
     """Restrict the kernels to some of `FEATURES`, for tests and comparisons; returns those in use, as the machine may lack some."""
-    _library().sparse24_use_features(sum(1 << FEATURES.index(name) for name in names))
+    kernel_library().sparse24_use_features(sum(1 << FEATURES.index(name) for name in names))
     return features()
 
 
 def supports(x: Tensor, values: Tensor, bias: Tensor | None) -> bool:
     """Whether `linear` takes these: they are on the CPU, in dtypes that it knows, and the kernels are built."""
     return (
-        _LIBRARY is not None and x.is_cpu and values.is_cpu and x.dtype in _FLOATING and (bias is None or bias.dtype in _FLOATING)
+        _LIBRARY is not None and x.is_cpu and values.is_cpu and x.dtype in FLOATING and (bias is None or bias.dtype in FLOATING)
     )
 
 
@@ -75,7 +75,7 @@ def linear(
     address = 0 if scale is None else scale.data_ptr()
     described = values.data_ptr(), meta.data_ptr(), address, 0, out.data_ptr(), count, -1
     pitch = columns * x.element_size()
-    _call(x, pitch, x.numel() // columns, columns, values.dtype, out_dtype, _ACTIVATION[activation], described)
+    _call(x, pitch, x.numel() // columns, columns, values.dtype, out_dtype, ACTIVATION_CODES[activation], described)
     return out
 
 
@@ -117,9 +117,9 @@ def linear_many(
             0 if bias is None else bias.data_ptr(),
             out.data_ptr(),
             count,
-            -1 if bias is None else _TYPE[bias.dtype],
+            -1 if bias is None else TYPE_CODES[bias.dtype],
         )
-    _run(rows, value_type, out_dtype, _ACTIVATION[activation], described)
+    _run(rows, value_type, out_dtype, ACTIVATION_CODES[activation], described)
     return outputs
 
 
@@ -135,7 +135,7 @@ def _fits(x: Tensor, values: Tensor, meta: Tensor, scale: Tensor | None, value_t
         and values.dtype is value_type
         and (activation == "float" or (activation == "int8" and value_type is torch.int8))
         and (scale is None) == (value_type is not torch.int8)
-        and x.dtype in _FLOATING
+        and x.dtype in FLOATING
         and x.is_cpu
         and values.is_cpu
         and meta.is_cpu
@@ -155,21 +155,21 @@ def dense_linear(x: Tensor, weight: Tensor, out_dtype: torch.dtype | None = None
     """
     x, weight = x.contiguous(), weight.contiguous()
     shapes_fit = x.dim() == weight.dim() == 2 and x.shape[1] == weight.shape[1] and x.shape[1] % 4 == 0
-    if not (shapes_fit and x.is_cpu and weight.is_cpu and x.dtype in _FLOATING and weight.dtype == torch.bfloat16):
+    if not (shapes_fit and x.is_cpu and weight.is_cpu and x.dtype in FLOATING and weight.dtype == torch.bfloat16):
         raise ValueError(
             f"dense_linear takes x [B, K] and a bf16 weight [N, K] on the CPU, K a multiple of 4, "
             f"not {x.dtype} {list(x.shape)} and {weight.dtype} {list(weight.shape)}"
         )
     out = x.new_empty(len(x), len(weight), dtype=out_dtype or x.dtype)
-    _run(x, torch.bfloat16, out.dtype, _ACTIVATION["dense"], [weight.data_ptr(), 0, 0, 0, out.data_ptr(), len(weight), -1])
+    _run(x, torch.bfloat16, out.dtype, ACTIVATION_CODES["dense"], [weight.data_ptr(), 0, 0, 0, out.data_ptr(), len(weight), -1])
     return out
 
 
 def read(buffer: Tensor) -> int:
     """Read a contiguous buffer once with `torch.get_num_threads()` threads, as fast as memory gives it: the probe of its bandwidth."""
-    _library().sparse24_read.restype = ctypes.c_int64
+    kernel_library().sparse24_read.restype = ctypes.c_int64
     size, threads = ctypes.c_int64(buffer.nbytes), ctypes.c_int64(torch.get_num_threads())
-    return int(_library().sparse24_read(ctypes.c_void_p(buffer.data_ptr()), size, threads))
+    return int(kernel_library().sparse24_read(ctypes.c_void_p(buffer.data_ptr()), size, threads))
 
 
 @functools.cache
@@ -178,7 +178,8 @@ def _layout(count: int) -> struct.Struct:
     return struct.Struct(f"{10 + _WORDS * count}q")
 
 
-def _library() -> ctypes.CDLL:
+def kernel_library() -> ctypes.CDLL:
+    """The compiled kernels. Raises ValueError when they are not built."""
     if _LIBRARY is None:
         raise ValueError(f"the compiled 2:4 kernels are not available: {native('sparse24').reason}")
     return _LIBRARY
@@ -205,17 +206,17 @@ def _call(
     words = (
         x.data_ptr(),
         pitch,
-        _TYPE[x.dtype],
+        TYPE_CODES[x.dtype],
         batch,
         columns,
-        _TYPE[value_type],
-        _TYPE[out_dtype],
+        TYPE_CODES[value_type],
+        TYPE_CODES[out_dtype],
         activation,
         torch.get_num_threads(),
         count,
         *described,
     )
-    status = _library().sparse24_linear(_layout(count).pack(*words))
+    status = kernel_library().sparse24_linear(_layout(count).pack(*words))
     if status:
         raise (
             MemoryError("no memory for the activations of a 2:4 product")
@@ -233,7 +234,7 @@ def _check(
         raise ValueError(
             f"x has {columns} columns, values are {list(values.shape)} and metadata {list(meta.shape)}: not one 2:4 product"
         )
-    if x.dtype not in _FLOATING or values.dtype not in _TYPE or meta.dtype != torch.uint8:
+    if x.dtype not in FLOATING or values.dtype not in TYPE_CODES or meta.dtype != torch.uint8:
         raise ValueError(
             f"x is {x.dtype}, values are {values.dtype}, metadata {meta.dtype}; the 2:4 product has no kernel for these"
         )
@@ -247,7 +248,7 @@ def _check(
         raise ValueError(f"int8 activations go with int8 values, and these are {values.dtype}; pack the matrix as int8")
     if activation not in ("float", "int8"):
         raise ValueError(f"activations are taken as 'float' or 'int8', not {activation!r}")
-    if bias is not None and (bias.shape != (rows,) or bias.dtype not in _FLOATING):
+    if bias is not None and (bias.shape != (rows,) or bias.dtype not in FLOATING):
         raise ValueError(f"a bias is [{rows}] in a floating-point dtype, not {bias.dtype} {list(bias.shape)}")
     tensors = (x, values, meta, *(t for t in (scale, bias) if t is not None))
     if not all(t.is_cpu for t in tensors):

@@ -42,8 +42,13 @@ _BASE: dict[str, Any] = {
 }
 
 
+def build(config: Callable[..., transformers.PreTrainedConfig], **changes: Any) -> Model:
+    """Any architecture whose configuration has the common keys."""
+    return _build(config(**{**_BASE, **changes}))
+
+
 def llama(**changes: Any) -> Model:
-    return _build(transformers.LlamaConfig(**{**_BASE, **changes}))
+    return build(transformers.LlamaConfig, **changes)
 
 
 def qwen3(**changes: Any) -> Model:

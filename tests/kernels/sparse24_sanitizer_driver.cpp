@@ -44,6 +44,40 @@ bool run(int64_t columns, int64_t batch, Type x_type, Type value_type, Activatio
   return sparse24_linear(&c) == OK;
 }
 
+// One token through two layers, on a cache that is full after it, and through a head.
+bool run_decode(Type type, Type value_type, Activation activation) {
+  const int64_t hidden = 36, heads = 3, kv_heads = 1, dim = 20, inner = 60, tokens = 5;
+  const int64_t shapes[7][2] = {{heads * dim, hidden}, {kv_heads * dim, hidden}, {kv_heads * dim, hidden}, {hidden, heads * dim},
+                                {inner, hidden},       {inner, hidden},          {hidden, inner}};
+  std::vector<uint8_t> kept[2][7][4];
+  std::vector<uint8_t> norm = numbers(F32, hidden), head_norm = numbers(BF16, dim), x = numbers(type, hidden), angles = numbers(type, dim);
+  std::vector<uint8_t> wide_norm = numbers(BF16, hidden), cache = numbers(type, 2 * 2 * kv_heads * (tokens + 1) * dim), out(x.size());
+  decode::Layer layers[2] = {};
+  for (int l = 0; l < 2; l++) {
+    Matrix* matrices = &layers[l].q;
+    for (int i = 0; i < 7; i++) {
+      auto& k = kept[l][i];
+      const int64_t rows = shapes[i][0], columns = shapes[i][1];
+      k[0] = numbers(value_type, rows * columns / 2);
+      k[1].assign(size_t(rows * ((columns + 7) / 8)), 0x94);
+      k[2] = numbers(F32, rows), k[3] = numbers(F16, rows);
+      matrices[i] = {k[0].data(), k[1].data(), value_type == I8 ? reinterpret_cast<const float*>(k[2].data()) : nullptr,
+                     k[3].data(), nullptr, rows, F16};
+    }
+    layers[l].input_norm = layers[l].post_norm = wide_norm.data();
+    layers[l].q_norm = layers[l].k_norm = l ? head_norm.data() : nullptr;
+  }
+  decode::Token t{};
+  t.layers = layers, t.count = 2, t.hidden = hidden, t.heads = heads, t.kv_heads = kv_heads, t.head_dim = dim, t.intermediate = inner;
+  t.type = type, t.norm_type = BF16, t.value_type = value_type, t.activation = activation, t.eps = 1e-5, t.scaling = 0.2;
+  t.norm = wide_norm.data(), t.x = x.data(), t.cos = t.sin = angles.data(), t.cache = cache.data(), t.capacity = tokens + 1;
+  t.tokens = tokens, t.out = out.data(), t.threads = 2;
+  if (sparse24_decode_token(&t) != OK) return false;
+  std::vector<uint8_t> weight = numbers(type, 301 * hidden), bias = numbers(type, 301), logits(size_t(301 * type_size(type)));
+  const decode::Dense head{x.data(), weight.data(), bias.data(), logits.data(), 301, hidden, type, type, 2};
+  return sparse24_dense_token(&head) == OK;
+}
+
 }  // namespace
 
 int main() {
@@ -60,6 +94,12 @@ int main() {
           if (value_type == BF16 && batch < 33 && !run(columns, batch, BF16, BF16, DENSE_CONTROL)) return 1;
           cases++;
         }
+    for (Type type : {F32, BF16, F16})
+      for (Type value_type : {F32, BF16, F16, I8}) {
+        if (!run_decode(type, value_type, FLOAT_ACTIVATION)) return 1;
+        if (value_type == I8 && !run_decode(type, I8, INT8_ACTIVATION)) return 1;
+        cases++;
+      }
   }
   std::vector<uint8_t> memory(5000);
   sparse24_read(memory.data(), 5000, 2);

@@ -295,7 +295,7 @@ def test_sparse24_sanitizers(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr
     ran = subprocess.run([str(program)], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.split()[:2] == ["checked", "600"]
+    assert ran.stdout.split()[:2] == ["checked", "660"]
 
 
 def test_reference_is_the_dense_product() -> None:
