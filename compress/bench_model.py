@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from compress.assets import asset_path
 from compress.bench import threads_of_torch
+from compress.decode import fuse, unfuse
 from compress.errors import UsageError
 from compress.generate import generate
 from compress.models import LoadedModel, load_model
@@ -17,7 +20,8 @@ from compress.models import LoadedModel, load_model
 
 @dataclass(frozen=True)
 class ModelTiming:
-    """One model in one type of activations; medians over the turns. `weight_bytes`: parameters and buffers in memory.
+    """One model in one type of activations; medians over the turns. backend: how the weights lie in memory, and with "control" that a dense model
+    decoded by the code that packed models are decoded by (`compress.decode`). `weight_bytes`: parameters and buffers in memory.
 
     `speedup_prefill` and `speedup_decode` are relative to the first row of the run.
     """
@@ -46,35 +50,42 @@ def model_timings(
     device: str = "auto",
 ) -> list[ModelTiming]:
     """Greedy generation after a prompt of WikiText-2, `turns` times, the models taking turns so that a change of the machine's speed
-    meets all of them. Raises UsageError when a model has no room for prompt and new tokens, and what loading raises.
+    meets all of them. A dense bfloat16 model is timed twice where it can be: as transformers decodes it, and by the code for packed models,
+    which tells what sparsity gains from what that code does. Raises UsageError when a model has no room for prompt and new tokens, and what loading
+    raises.
     """
     text = asset_path("wikitext2-test").read_text(encoding="utf-8")
-    loaded: list[tuple[str, str, LoadedModel, str]] = []
+    loaded: list[tuple[str, LoadedModel, str, bool]] = []
     for source in sources:
         for dtype in dtypes:
             model = load_model(source, dtype=dtype, device=device)
             ids = model.tokenizer(text[: 16 * prompt_tokens], verbose=False)["input_ids"][:prompt_tokens]
-            loaded.append((source, dtype, model, str(model.tokenizer.decode(ids))))
+            prompt = str(model.tokenizer.decode(ids))
+            loaded.append((source, model, prompt, False))
+            if fuse(model.model, control=True):
+                loaded.append((source, model, prompt, True))
+                unfuse(model.model)
     runs: list[list[tuple[float, float]]] = [[] for _ in loaded]
     counts: list[tuple[int, int]] = [(0, 0)] * len(loaded)
     with threads_of_torch(threads):
         for turn in range(turns + 1):
-            for i, (source, _, model, prompt) in enumerate(loaded):
+            for i, (source, model, prompt, control) in enumerate(loaded):
                 # An end of the text would cut some models' turns short: every turn decodes the same number of tokens.
-                made = generate(model, prompt, max_new_tokens=new_tokens, stop=False)
+                with _controlled(model.model, control):
+                    made = generate(model, prompt, max_new_tokens=new_tokens, stop=False)
                 if made.decode_rate is None or made.new_tokens < new_tokens:
                     raise UsageError(f"{source} has no room for {prompt_tokens} and {new_tokens} tokens; ask for fewer")
                 if turn:  # the first one warms up
                     runs[i].append((made.prefill_rate, made.decode_rate))
                 counts[i] = (made.prompt_tokens, made.new_tokens)
     rows: list[ModelTiming] = []
-    for (source, _, model, _), rates, (prompt_count, new_count) in zip(loaded, runs, counts, strict=True):
+    for (source, model, _, control), rates, (prompt_count, new_count) in zip(loaded, runs, counts, strict=True):
         prefill, decode = (statistics.median(column) for column in zip(*rates, strict=True))
         first = rows[0] if rows else None
         rows.append(
             ModelTiming(
                 model=source,
-                backend=backend_of(model.model),
+                backend=backend_of(model.model) + (", control" if control else ""),
                 dtype=str(model.model.dtype).removeprefix("torch."),
                 threads=threads,
                 weight_bytes=bytes_in_memory(model.model),
@@ -87,6 +98,18 @@ def model_timings(
             )
         )
     return rows
+
+
+@contextmanager
+def _controlled(model: PreTrainedModel, control: bool) -> Iterator[None]:
+    """Within it a dense model decodes as packed ones do, if `control`."""
+    if control:
+        fuse(model, control=True)
+    try:
+        yield
+    finally:
+        if control:
+            unfuse(model)
 
 
 def backend_of(model: nn.Module) -> str:

@@ -30,10 +30,13 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ROOM = 64  # tokens a cache has room for beyond those in it, at least; beyond 128 tokens half as many as are in it
 
 
-def fuse(model: PreTrainedModel) -> bool:
-    """Let a model decode fused if it can, and say whether it can. Weights, names and what is saved stay as they are."""
+def fuse(model: PreTrainedModel, *, control: bool = False) -> bool:
+    """Let a packed model decode fused if it can, and say whether it can. Weights, names and what is saved stay as they are.
+
+    control: a dense bfloat16 model instead, by the same code, which tells what that gains from what sparsity does.
+    """
     network: Any = model.base_model
-    if native("sparse24").library is None or type(network).__name__ not in _NETWORKS or not _all_packed(network):
+    if native("sparse24").library is None or type(network).__name__ not in _NETWORKS or not _plain(network, control):
         return False
     if not isinstance(network.forward, FusedForward):
         vars(network)["forward"] = FusedForward(network)
@@ -230,18 +233,21 @@ def _projections(layer: Any) -> dict[str, nn.Module]:
     return {name: getattr(layer.self_attn if name in "qkvo" else layer.mlp, f"{name}_proj") for name in PROJECTIONS}
 
 
-def _all_packed(network: Any) -> bool:
-    """Whether every matrix is a packed one, and every activation function SiLU."""
+def _plain(network: Any, control: bool) -> bool:
+    """Whether every matrix is a packed one, or a dense bfloat16 one, and every activation function SiLU."""
     silu = (nn.SiLU, type(ACT2FN["silu"]))
-    return all(
-        isinstance(layer.mlp.act_fn, silu) and all(isinstance(p, Sparse24Linear) for p in _projections(layer).values())
-        for layer in network.layers
-    )
+
+    def fits(projection: Any) -> bool:
+        if not control:
+            return isinstance(projection, Sparse24Linear)
+        return type(projection) is nn.Linear and projection.weight.dtype is torch.bfloat16 and projection.in_features % 4 == 0
+
+    return all(isinstance(layer.mlp.act_fn, silu) and all(map(fits, _projections(layer).values())) for layer in network.layers)
 
 
 def _decoder(network: Any) -> Decoder | None:
     """The network's layers as what the kernels take, or None where there is no kernel for them."""
-    if len({p.activation for layer in network.layers for p in _projections(layer).values()}) > 1:
+    if len({_activation(p) for layer in network.layers for p in _projections(layer).values()}) > 1:
         return None
     layers, norm, dtype = (
         [_parts(layer) for layer in network.layers],
@@ -260,13 +266,23 @@ def _parts(layer: Any) -> LayerParts:
     attention, before, after = layer.self_attn, layer.input_layernorm, layer.post_attention_layernorm
     norms = {name: getattr(attention, name).weight.detach() for name in ("q_norm", "k_norm") if hasattr(attention, name)}
     return LayerParts(
-        {name: Packed24(p.values, p.meta, p.scale) for name, p in projections.items()},
-        {name: p.bias for name, p in projections.items()},
+        {name: _matrix(p) for name, p in projections.items()},
+        {name: None if p.bias is None else p.bias.detach() for name, p in projections.items()},
         before.weight.detach(),
         after.weight.detach(),
         norms.get("q_norm"),
         norms.get("k_norm"),
         attention.head_dim,
         before.variance_epsilon,
-        projections["q"].activation,
+        _activation(projections["q"]),
     )
+
+
+def _matrix(projection: Any) -> Packed24:
+    if isinstance(projection, Sparse24Linear):
+        return Packed24(projection.values, projection.meta, projection.scale)
+    return Packed24(projection.weight.detach(), torch.empty(0, dtype=torch.uint8), None)
+
+
+def _activation(projection: Any) -> Any:
+    return projection.activation if isinstance(projection, Sparse24Linear) else "dense"

@@ -34,7 +34,8 @@ def bench(
 
     Without models: single layers, weights rotated through memory so that caches do not hold them, each as torch computes it and as
     the packed kernels do; the share is of what reading memory alone reaches in the same run. With models: tokens a second
-    of prompt (prefill) and of generation (decode). Where there is a GPU, what was found fastest there for each shape and number of
+    of prompt (prefill) and of generation (decode); "control" is a dense bfloat16 model decoded by the code for packed ones, so that what this gains
+    is not taken for what sparsity does. Where there is a GPU, what was found fastest there for each shape and number of
     tokens is shown too. Leave the machine alone meanwhile.
 
     **Examples**

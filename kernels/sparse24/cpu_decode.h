@@ -44,22 +44,36 @@ struct Token {
     int64_t threads;
 };
 
-// ---- The arithmetic, in loops that compilers turn into vectors of 8 or 16
+// ---- The arithmetic, for each target anew
 
-// A lambda has no target of its own: only inlined it is compiled for that of the function around it.
-#define DECODE_INLINE __attribute__((always_inline))
+// The queries that share one head of the cache, over a run of its tokens. What they give is not divided by the sum yet, so that runs add up.
+struct Group {
+    const float* q;                // [queries, head_dim]
+    const uint8_t *keys, *values;  // [tokens, head_dim], rows `pitch` bytes apart
+    int64_t pitch, tokens, head_dim, queries;
+    float scaling;
+    float* scores;  // [kTokens]
+    float* most;    // [queries]: the largest score
+    float* sum;     // [queries]: of e^(score - most)
+    float* out;     // [queries, head_dim]: the values times these
+};
+constexpr int64_t kTokens = 128;  // in a run: the same whatever the number of threads, and so are the results
 
-template <int Lanes, class Term>
-SPARSE24_INLINE float lane_sum(int64_t n, const Term& term) {
-    float lanes[Lanes] = {}, rest = 0;
-    int64_t i = 0;
-    for (; i + Lanes <= n; i += Lanes)
-        for (int j = 0; j < Lanes; ++j) lanes[j] += term(i + j);
-    for (; i < n; ++i) rest += term(i);
-    for (int width = Lanes / 2; width; width /= 2)
-        for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
-    return lanes[0] + rest;
-}
+// Rows of a dense weight times one token.
+struct Rows {
+    const uint8_t* weight;
+    int64_t rows, columns;
+    const float* x;
+    float* out;
+};
+
+// attend: `type` is that of the cache; norm: x / rms(x) * weight; gated: gate = silu(gate) * up; rows: `type` is the weight's.
+struct Functions {
+    void (*attend)(const Group&);
+    void (*norm)(const float* x, Type type, const void* weight, int64_t n, double eps, float* out);
+    void (*gated)(float* gate, const float* up, int64_t n);
+    void (*rows)(const Rows&);
+};
 
 // e^x to 2 units in the last place for -87 <= x <= 88, held there beyond; NaN stays NaN. Cephes' polynomial.
 SPARSE24_INLINE float exponential(float x) {
@@ -77,104 +91,56 @@ SPARSE24_INLINE float exponential(float x) {
     return p * bits_to_float((float_to_bits(shifted) - 0x4B400000u + 127u) << 23);
 }
 
-struct Head {
-    const float* q;
-    const uint8_t *keys, *values;  // [tokens, head_dim], rows `pitch` bytes apart
-    int64_t pitch, tokens, head_dim;
-    float scaling;
-    float* scores;  // [tokens]
-    float* out;     // [head_dim]
-};
-
-template <Type T>
-SPARSE24_INLINE void attend_any(const Head& h) {
-    float most = -INFINITY, sum = 0;
-    for (int64_t t = 0; t < h.tokens; ++t) {
-        const uint8_t* key = h.keys + t * h.pitch;
-        h.scores[t] = h.scaling * lane_sum<16>(h.head_dim, [&](int64_t i) DECODE_INLINE { return load_float(T, key, i) * h.q[i]; });
-        most = h.scores[t] > most ? h.scores[t] : most;
-    }
-    for (int64_t t = 0; t < h.tokens; ++t) h.scores[t] = exponential(h.scores[t] - most);
-    for (int64_t t = 0; t < h.tokens; ++t) sum += h.scores[t];
-    for (int64_t i = 0; i < h.head_dim; ++i) h.out[i] = 0;
-    for (int64_t t = 0; t < h.tokens; ++t) {
-        const uint8_t* value = h.values + t * h.pitch;
-        const float weight = h.scores[t];
-        for (int64_t i = 0; i < h.head_dim; ++i) h.out[i] += weight * load_float(T, value, i);
-    }
-    for (int64_t i = 0; i < h.head_dim; ++i) h.out[i] /= sum;
+namespace plain {
+typedef float Vec __attribute__((vector_size(16)));
+SPARSE24_INLINE Vec widened(const uint8_t* p) {
+    Vec v;
+    for (int j = 0; j < 4; ++j) v[j] = bf16_to_float(load_as<uint16_t>(p + 2 * j));
+    return v;
 }
+SPARSE24_INLINE float sum_lanes(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+#define DECODE_TARGET
+#include "cpu_decode_math.h"
+#undef DECODE_TARGET
+}  // namespace plain
 
-// x / rms(x) * weight
-SPARSE24_INLINE void norm_any(const float* x, Type type, const void* weight, int64_t n, double eps, float* out) {
-    const float square = lane_sum<16>(n, [&](int64_t i) DECODE_INLINE { return x[i] * x[i]; });
-    const float inverse = float(1 / sqrt(double(square) / double(n) + eps));
-    if (type == F32)
-        for (int64_t i = 0; i < n; ++i) out[i] = x[i] * inverse * static_cast<const float*>(weight)[i];
-    else
-        for (int64_t i = 0; i < n; ++i) out[i] = x[i] * inverse * load_float(type, weight, i);
-}
-
-// gate = silu(gate) * up
-SPARSE24_INLINE void gated_any(float* gate, const float* up, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) gate[i] = gate[i] / (1 + exponential(-gate[i])) * up[i];
-}
-
-// Rows of a dense weight times one token.
-struct Rows {
-    const uint8_t* weight;
-    int64_t rows, columns;
-    const float* x;
-    float* out;
-};
-
-template <Type T>
-SPARSE24_INLINE void rows_any(const Rows& r) {
-    const int64_t bytes = r.columns * type_size(T);
-    for (int64_t row = 0; row < r.rows; ++row) {
-        const uint8_t* weight = r.weight + row * bytes;
-        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(weight + kPrefetch + i, 0, 2);
-        r.out[row] = lane_sum<64>(r.columns, [&](int64_t i) DECODE_INLINE { return load_float(T, weight, i) * r.x[i]; });
-    }
-}
-
-struct Functions {
-    void (*attend)(const Head&);
-    void (*norm)(const float*, Type, const void*, int64_t, double, float*);
-    void (*gated)(float*, const float*, int64_t);
-    void (*rows)(const Rows&);
-};
-
-// Of each target one set of functions; `T` is the type of the cache in `attend`, of the weight in `rows`.
-#define DECODE_FUNCTIONS(NAME, ATTRIBUTE)                                                                                       \
-    namespace NAME {                                                                                                            \
-    template <Type T>                                                                                                           \
-    ATTRIBUTE void attend(const Head& h) { attend_any<T>(h); }                                                                  \
-    template <Type T>                                                                                                           \
-    ATTRIBUTE void rows(const Rows& r) { rows_any<T>(r); }                                                                      \
-    ATTRIBUTE void norm(const float* x, Type t, const void* w, int64_t n, double e, float* o) { norm_any(x, t, w, n, e, o); }   \
-    ATTRIBUTE void gated(float* gate, const float* up, int64_t n) { gated_any(gate, up, n); }                                   \
-    template <Type T>                                                                                                           \
-    Functions functions() { return {attend<T>, norm, gated, rows<T>}; }                                                         \
-    }
-DECODE_FUNCTIONS(plain, )
 #if defined(__x86_64__)
-DECODE_FUNCTIONS(avx2, __attribute__((target("avx2,fma"))))
-DECODE_FUNCTIONS(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))))
+namespace avx2 {
+#define DECODE_TARGET __attribute__((target("avx2,fma")))
+typedef __m256 Vec;
+DECODE_TARGET SPARSE24_INLINE Vec widened(const uint8_t* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+}
+DECODE_TARGET SPARSE24_INLINE float sum_lanes(Vec v) {
+    const __m128 a = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)), b = _mm_add_ps(a, _mm_movehl_ps(a, a));
+    return _mm_cvtss_f32(_mm_add_ss(b, _mm_shuffle_ps(b, b, 1)));
+}
+#include "cpu_decode_math.h"
+#undef DECODE_TARGET
+}  // namespace avx2
+
+namespace avx512 {
+#define DECODE_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+typedef __m512 Vec;
+DECODE_TARGET SPARSE24_INLINE Vec widened(const uint8_t* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+}
+DECODE_TARGET SPARSE24_INLINE float sum_lanes(Vec v) { return _mm512_reduce_add_ps(v); }
+#include "cpu_decode_math.h"
+#undef DECODE_TARGET
+}  // namespace avx512
 #endif
 
 Functions functions_of(int features, Type type) {
-#define OF_TYPE(NAME) (type == F32 ? NAME::functions<F32>() : type == BF16 ? NAME::functions<BF16>() : NAME::functions<F16>())
-    IF_X86(if (features & AVX512) return OF_TYPE(avx512);)
-    IF_X86(if (features & AVX2) return OF_TYPE(avx2);)
+    IF_X86(if (features & AVX512) return avx512::functions(type);)
+    IF_X86(if (features & AVX2) return avx2::functions(type);)
     (void)features;
-    return OF_TYPE(plain);
-#undef OF_TYPE
+    return plain::functions(type);
 }
 
 // ---- A token
 
-thread_local Scratch t_token, t_scores;
+thread_local Scratch t_token, t_scores, t_runs;
 
 void load_all(Type type, const void* from, int64_t n, float* to) {
     for (int64_t i = 0; i < n; ++i) to[i] = load_float(type, from, i);
@@ -271,19 +237,37 @@ private:
         }
     }
 
-    // Heads are shared out over threads, as many as the products have: another number would end and start threads.
+    // Runs of tokens of every head of the cache are shared out over threads, as many as the products have: another number would end and
+    // start threads. Their results are then put together, run by run.
     int attend(const uint8_t* keys, const uint8_t* values) const {
+        const int64_t n = t_.head_dim, group = t_.heads / t_.kv_heads, tokens = t_.tokens + 1, runs = (tokens + kTokens - 1) / kTokens;
+        float* parts = reinterpret_cast<float*>(t_runs.get(4 * runs * t_.heads * (n + 2)));  // of each run: most, sum and out of all heads
+        if (!parts) return OUT_OF_MEMORY;
         std::atomic<int> status{OK};
 #pragma omp parallel num_threads(int(t_.threads))
         {
-            float* scores = reinterpret_cast<float*>(t_scores.get(4 * (t_.tokens + 1)));
+            float* scores = reinterpret_cast<float*>(t_scores.get(4 * kTokens));
             if (!scores) status = OUT_OF_MEMORY;
-            const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-            for (int64_t h = t_.heads * thread / threads; scores && h < t_.heads * (thread + 1) / threads; ++h) {
-                const int64_t offset = h / (t_.heads / t_.kv_heads) * head_bytes();
-                f_.attend(Head{q_ + h * t_.head_dim, keys + offset, values + offset, row_bytes(), t_.tokens + 1, t_.head_dim,
-                               float(t_.scaling), scores, attended_ + h * t_.head_dim});
+            const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads(), units = runs * t_.kv_heads;
+            for (int64_t u = units * thread / threads; scores && u < units * (thread + 1) / threads; ++u) {
+                const int64_t head = u / runs, run = u % runs, first = run * kTokens, from = head * head_bytes() + first * row_bytes();
+                float* part = parts + run * t_.heads * (n + 2) + head * group;
+                f_.attend(Group{q_ + head * group * n, keys + from, values + from, row_bytes(),
+                                tokens - first < kTokens ? tokens - first : kTokens, n, group, float(t_.scaling), scores,
+                                part, part + t_.heads, part + 2 * t_.heads + head * group * (n - 1)});
             }
+        }
+        for (int64_t h = 0; h < t_.heads && status == OK; ++h) {
+            float most = -INFINITY, sum = 0, *out = attended_ + h * n;
+            for (int64_t r = 0; r < runs; ++r) most = std::max(most, parts[r * t_.heads * (n + 2) + h]);
+            memset(out, 0, size_t(n) * sizeof(float));
+            for (int64_t r = 0; r < runs; ++r) {
+                const float *part = parts + r * t_.heads * (n + 2), *of_run = part + 2 * t_.heads + h * n;
+                const float weight = exponential(part[h] - most);
+                sum += weight * part[t_.heads + h];
+                for (int64_t i = 0; i < n; ++i) out[i] += weight * of_run[i];
+            }
+            for (int64_t i = 0; i < n; ++i) out[i] /= sum;
         }
         return status;
     }

@@ -11,6 +11,7 @@ import ctypes
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,7 +30,8 @@ class LayerParts:
     """The tensors of a layer, all of them on the CPU and contiguous.
 
     matrices, biases: by `PROJECTIONS`; matrices share the dtype of their values. input_norm, post_norm: `[hidden]`; q_norm, k_norm: `[head_dim]` or
-    None, all in one dtype. activation: as of `sparse24.linear`, for all matrices.
+    None, all in one dtype. activation: as of `sparse24.linear`, for all matrices; "dense" takes bf16 matrices `[N, K]` as values, without
+    metadata: the same code without sparsity, to tell one gain from the other.
     """
 
     matrices: Mapping[str, Packed24]
@@ -40,7 +42,12 @@ class LayerParts:
     k_norm: Tensor | None
     head_dim: int
     eps: float
-    activation: Activation = "float"
+    activation: Activation | Literal["dense"] = "float"
+
+    def columns(self, name: str) -> int:
+        """Inputs of a matrix."""
+        width = self.matrices[name].values.shape[1]
+        return width if self.activation == "dense" else 2 * width
 
     def tensors(self) -> list[Tensor]:
         """All of them."""
@@ -60,7 +67,7 @@ class LayerParts:
     def problem(self) -> str | None:
         """Why there is no kernel for this layer, or None when there is one."""
         rows = {name: len(m.values) for name, m in self.matrices.items()}
-        columns = {name: 2 * m.values.shape[1] for name, m in self.matrices.items()}
+        columns = {name: self.columns(name) for name in self.matrices}
         hidden, queries, keys, inner = columns["q"], rows["q"], rows["k"], rows["gate"]
         shapes = {"q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, queries)}
         shapes |= {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
@@ -78,8 +85,10 @@ class LayerParts:
         if any(b is not None and b.shape != (rows[name],) for name, b in self.biases.items()):
             return "its biases do not fit its matrices"
         floating = [t.dtype for t in (*self.biases.values(), *self.norms()) if t is not None]
+        if self.activation == "dense" and self.matrices["q"].values.dtype != torch.bfloat16:
+            return "dense matrices are taken in bfloat16"
         if not all(dtype in FLOATING for dtype in floating) or any(
-            m.meta.shape != (rows[name], -(-columns[name] // 8))
+            (self.activation != "dense" and m.meta.shape != (rows[name], -(-columns[name] // 8)))
             or m.meta.dtype != torch.uint8
             or m.values.dtype not in TYPE_CODES
             for name, m in self.matrices.items()
@@ -108,7 +117,7 @@ class Decoder:
             raise ValueError(f"these layers cannot be run in one call: {problem}")
         first = layers[0]
         self.dtype, self._held = dtype, (list(layers), norm)
-        self.count, self.hidden, self.head_dim = len(layers), 2 * first.matrices["q"].values.shape[1], first.head_dim
+        self.count, self.hidden, self.head_dim = len(layers), first.columns("q"), first.head_dim
         self.heads, self.kv_heads = (len(first.matrices[name].values) // first.head_dim for name in "qk")
         self._library = kernel_library()
         self._layers = ctypes.create_string_buffer(b"".join(map(_described, layers)))

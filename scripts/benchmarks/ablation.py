@@ -141,6 +141,7 @@ BASES = {
             ("loss", "cross-entropy", CE),
             ("loss", "both, 1 : 1", BOTH),
             ("sequence", "1 of 512 tokens", ["data.seqlen=512", "learn.batch=1", "learn.micro_batch=1"]),
+            ("annealing", "sharpness from 50", ["learn.temperature.start=2"]),
             ("annealing", "sharpness from 300", ["learn.temperature.start=0.3333"]),
             *SHARED,
         ],

@@ -15,6 +15,7 @@ from compress.export.packed24 import export_packed
 from compress.export.source import open_source
 from compress.models import load_model
 from compress.weights import by_parameter, find_weights
+from compress_kernels.native import native
 from maskllm.patterns import Pattern
 from maskllm.storage import load_masks, save_masks
 
@@ -34,8 +35,12 @@ def packed(tmp_path_factory):
 
 
 def test_packed_and_dense_take_turns_on_the_same_tokens(packed):
-    dense, sparse = model_timings(["asset:tiny-llama", packed], ["bfloat16"], threads=1, prompt_tokens=8, new_tokens=4, turns=1)
+    rows = model_timings(["asset:tiny-llama", packed], ["bfloat16"], threads=1, prompt_tokens=8, new_tokens=4, turns=1)
+    dense, sparse = rows[0], rows[-1]
     assert (dense.backend, sparse.backend) == ("dense", "2:4 bfloat16")
+    if native("sparse24").library is not None:
+        assert [row.backend for row in rows] == ["dense", "dense, control", "2:4 bfloat16"]
+        assert rows[1].weight_bytes == dense.weight_bytes
     assert dense.prompt_tokens == sparse.prompt_tokens
     assert dense.new_tokens == sparse.new_tokens == 4
     assert dense.speedup_decode == 1

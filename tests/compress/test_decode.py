@@ -294,6 +294,19 @@ def test_where_there_is_no_kernel_nothing_is_fused(tmp_path: Path, steps: list[i
     assert not fuse(dense)
 
 
+def test_a_dense_model_by_the_same_code(saved: Path, steps: list[int]) -> None:
+    """The control: float32 is not taken, and bfloat16 only if it is asked for."""
+    source, ids = saved.parent / "source", prompt(length=20)
+    assert not fuse(load_model(str(source), tokenizer=False).model, control=True)
+    dense = load_model(str(source), tokenizer=False, dtype="bfloat16").model
+    own = logits(dense, ids)
+    assert fuse(dense, control=True)
+    assert not steps
+    fused = logits(dense, ids)
+    assert len(steps) == 16
+    torch.testing.assert_close(fused.float(), own.float(), rtol=0.05, atol=0.2)
+
+
 @torch.no_grad()
 def test_the_head(model: Any) -> None:
     head = model.lm_head

@@ -39,7 +39,12 @@ def layer(
 ) -> LayerParts:
     shapes = {"q": (heads * dim, HIDDEN), "k": (kv_heads * dim, HIDDEN), "v": (kv_heads * dim, HIDDEN)}
     shapes |= {"o": (HIDDEN, heads * dim), "gate": (INNER, HIDDEN), "up": (INNER, HIDDEN), "down": (HIDDEN, INNER)}
-    matrices = {name: pack(random_24(*shape, seed=seed + i) / 4, values) for i, (name, shape) in enumerate(shapes.items())}
+    weights = {name: random_24(*shape, seed=seed + i) / 4 for i, (name, shape) in enumerate(shapes.items())}
+    if activation == "dense":
+        weights = {name: (w + w.roll(1, 1)).bfloat16() for name, w in weights.items()}
+        matrices = {name: Packed24(w, torch.empty(0, dtype=torch.uint8), None) for name, w in weights.items()}
+    else:
+        matrices = {name: pack(w, values) for name, w in weights.items()}
     biases = {n: numbers(shapes[n][0], seed=seed + 9) / 8 if biased and n in "qkv" else None for n in PROJECTIONS}
     norms = [1 + numbers(n, seed=seed + 10 + n) / 8 for n in (HIDDEN, HIDDEN, dim, dim)]
     own = norms[2:] if normed else [None, None]
@@ -63,7 +68,8 @@ def reference(
         if parts.activation == "int8":
             q, scale = quantize_activations(v.float().view(1, -1))
             v = (q.double() * scale.double()).view(-1)
-        return unpack(matrix, torch.float32).double() @ v + (0 if bias is None else bias.double())
+        weight = matrix.values if parts.activation == "dense" else unpack(matrix, torch.float32)
+        return weight.double() @ v + (0 if bias is None else bias.double())
 
     h, made = x.double().view(-1), []
     for index, p in enumerate(layers):
@@ -95,6 +101,8 @@ def reference(
         (torch.int8, torch.float32, "float"),
         (torch.int8, torch.bfloat16, "float"),
         (torch.int8, torch.float32, "int8"),
+        (torch.bfloat16, torch.float32, "dense"),
+        (torch.bfloat16, torch.bfloat16, "dense"),
     ],
 )
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(6, 2, 20), (5, 1, 16), (3, 3, 4)])
@@ -181,6 +189,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ([replace(parts, matrices={**parts.matrices, "o": parts.matrices["q"]})], "do not fit each other"),
         ([replace(parts, matrices={**parts.matrices, "q": int8})], "several dtypes"),
         ([replace(parts, activation="int8")], "int8 values"),
+        ([replace(parts, activation="dense")], "do not fit each other"),
         ([replace(parts, q_norm=torch.ones(3))], "its norms"),
         ([replace(parts, biases={**parts.biases, "q": torch.ones(3)})], "its biases"),
         ([replace(parts, input_norm=torch.ones(2 * HIDDEN)[::2])], "contiguous"),
