@@ -65,13 +65,19 @@ def dtype_on(device: torch.device, name: str) -> torch.dtype | None:
     return DTYPES[name]
 
 
-def tell_slow(model: torch.nn.Module) -> None:
-    """One line on stderr, once a process, when a model is about to compute in a type for which its processor has no instructions."""
+def tell_slow(model: torch.nn.Module, dtype: torch.dtype | None = None) -> None:
+    """One line on stderr, once a process, when a model is about to compute in a type for which its processor has no instructions.
+
+    dtype: that of its products, where it is not that of its weights.
+    """
     first = next(model.parameters(), None)
-    if first is None or first.dtype in _told or multiplies(first.dtype, first.device):
+    if first is None:
         return
-    _told.add(first.dtype)
-    kind = str(first.dtype).removeprefix("torch.")
+    dtype = dtype or first.dtype
+    if dtype in _told or multiplies(dtype, first.device):
+        return
+    _told.add(dtype)
+    kind = str(dtype).removeprefix("torch.")
     console.log.print(
         f"[yellow]the model computes in {kind}, for which this processor has no instructions: long texts take several times as long as in "
         "float32. With twice the memory, dtype float32 (or fastest, which chooses by the machine) is the faster one here[/]",

@@ -158,6 +158,8 @@ def prepare(recipe: LearnMaskRecipe, *, host_blocks: bool = False) -> Session:
             trust_remote_code=wanted.trust_remote_code,
         )
     tell_slow(loaded.model)
+    if recipe.learn.precision == "bf16":
+        tell_slow(loaded.model, torch.bfloat16)
     device = pick_device(wanted.device)
     hosted = HostedBlocks(loaded.model, device) if host_blocks and device.type != "cpu" else None
     refs = find_weights(loaded.model, recipe.weights.include, recipe.weights.exclude)

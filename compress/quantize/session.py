@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -263,7 +263,7 @@ def _images(recipe: QuantizeRecipe, streamed: StreamedModel) -> list[dict[str, T
     return found
 
 
-def other_size(session: QuantizeSession, rest: dict[str, tuple[int, int]], skip: Sequence[str] = ()) -> tuple[int, int]:
+def other_size(session: QuantizeSession, rest: dict[str, tuple[int, int]]) -> tuple[int, int]:
     """Weights and bytes of everything that is no routed expert: quantised matrices with scales, all else in the type it is stored in."""
     from compress.moe.assign import matrix_bytes
 

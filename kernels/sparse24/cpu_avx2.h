@@ -25,13 +25,11 @@ struct Tables {
 };
 static constexpr Tables kTables;
 
-#define INLINE_AVX2 static inline __attribute__((always_inline, target(T_AVX2)))
-
-INLINE_AVX2 __m256 bf16_as_f32(__m128i half) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16)); }
+INLINE_FN(T_AVX2) __m256 bf16_as_f32(__m128i half) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16)); }
 
 // Eight kept values, those of the second and third group exchanged: 0 1 4 5 and 2 3 6 7 in the two lanes.
 template <Type V>
-INLINE_AVX2 __m256 load_kept(const uint8_t* p) {
+INLINE_FN(T_AVX2) __m256 load_kept(const uint8_t* p) {
     constexpr int kExchange = 0xD8;
     if constexpr (V == F32)
         return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_loadu_pd(reinterpret_cast<const double*>(p)), kExchange));
@@ -43,7 +41,7 @@ INLINE_AVX2 __m256 load_kept(const uint8_t* p) {
     return V == F16 ? _mm256_cvtph_ps(half) : bf16_as_f32(half);
 }
 
-INLINE_AVX2 float sum8(__m256 v) {
+INLINE_FN(T_AVX2) float sum8(__m256 v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
@@ -51,7 +49,7 @@ INLINE_AVX2 float sum8(__m256 v) {
 
 // fp32 activations, any values: 16 columns from c on, four groups with the codes in the low 16 bits of `codes` (above them anything).
 template <Type V, int R, int B>
-INLINE_AVX2 void gather_f32_step(const Block& k, int64_t c, const __m256i (&codes)[R], __m256i shifts, __m256 (&acc)[R][B]) {
+INLINE_FN(T_AVX2) void gather_f32_step(const Block& k, int64_t c, const __m256i (&codes)[R], __m256i shifts, __m256 (&acc)[R][B]) {
     __m256 w[R];
     __m256i index[R];
 #pragma GCC unroll 4
@@ -74,7 +72,7 @@ INLINE_AVX2 void gather_f32_step(const Block& k, int64_t c, const __m256i (&code
 // 32 columns, 16 kept values a step. The terms of a sum have one order whatever R and B are, so that a token's result does not depend on how many
 // others it comes with.
 template <Type V, int R, int B>
-__attribute__((target(T_AVX2))) void gather_f32(const Block& k) {
+FN(T_AVX2) void gather_f32(const Block& k) {
     __m256 acc[R][B] = {};
     // Where the codes of four groups have the index of each of the eight kept values, in the order of `load_kept`.
     const __m256i shifts = _mm256_setr_epi32(0, 2, 8, 10, 4, 6, 12, 14), upper = _mm256_add_epi32(shifts, _mm256_set1_epi32(16));
@@ -104,7 +102,7 @@ __attribute__((target(T_AVX2))) void gather_f32(const Block& k) {
 
 // int8 activations as int16, int8 values: 16 columns a step. A lane takes at most 2 * 127^2 a step, far from overflow within a span.
 template <int R, int B>
-__attribute__((target(T_AVX2))) void gather_int8(const Block& k) {
+FN(T_AVX2) void gather_int8(const Block& k) {
     __m256i acc[R][B] = {};
     int64_t c = 0;
     for (; c + 16 <= k.columns; c += 16) {
@@ -138,7 +136,7 @@ __attribute__((target(T_AVX2))) void gather_int8(const Block& k) {
 
 // Dense bf16 rows times fp32 activations: the control without sparsity.
 template <int R, int B>
-__attribute__((target(T_AVX2))) void dense(const Block& k) {
+FN(T_AVX2) void dense(const Block& k) {
     __m256 acc[R][B] = {};
     int64_t c = 0;
     for (; c + 8 <= k.columns; c += 8) {

@@ -11,8 +11,6 @@ namespace avx512 {
 #define T_F "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
 #define T_BF16 T_F ",avx512vbmi,avx512vbmi2,avx512bf16"
 #define T_VNNI T_F ",avx512vbmi,avx512vbmi2,avx512vnni"
-#define FN(isa) __attribute__((target(isa)))
-#define INLINE_FN(isa) static inline __attribute__((always_inline, target(isa)))
 
 SPARSE24_INLINE uint64_t low_bits(int64_t n) { return n >= 64 ? ~uint64_t(0) : n <= 0 ? 0 : (uint64_t(1) << n) - 1; }
 

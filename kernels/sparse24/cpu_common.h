@@ -8,6 +8,9 @@
 #include <string.h>
 
 #define SPARSE24_INLINE static inline __attribute__((always_inline))
+// Functions for a machine with the named instruction sets.
+#define FN(isa) __attribute__((target(isa)))
+#define INLINE_FN(isa) static inline __attribute__((always_inline, target(isa)))
 
 enum Type : int64_t { NONE = -1, F32 = 0, BF16 = 1, F16 = 2, I8 = 3 };
 

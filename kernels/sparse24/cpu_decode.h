@@ -106,7 +106,7 @@ SPARSE24_INLINE float sum_lanes(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 
 #if defined(__x86_64__)
 namespace avx2 {
-#define DECODE_TARGET __attribute__((target("avx2,fma")))
+#define DECODE_TARGET FN(T_AVX2)
 typedef __m256 Vec;
 DECODE_TARGET SPARSE24_INLINE Vec widened(const uint8_t* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
@@ -120,7 +120,7 @@ DECODE_TARGET SPARSE24_INLINE float sum_lanes(Vec v) {
 }  // namespace avx2
 
 namespace avx512 {
-#define DECODE_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#define DECODE_TARGET FN(T_F)
 typedef __m512 Vec;
 DECODE_TARGET SPARSE24_INLINE Vec widened(const uint8_t* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));

@@ -132,6 +132,10 @@ def test_a_slow_type_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
         tell_slow(torch.nn.Linear(2, 2).bfloat16())
         tell_slow(torch.nn.Linear(2, 2).bfloat16())
     assert said.get().count("no instructions") == 1
+    monkeypatch.setattr(device, "_told", set())
+    with console.log.capture() as said:
+        tell_slow(torch.nn.Linear(2, 2), torch.bfloat16)
+    assert said.get().count("no instructions") == 1, "products of another type than the weights"
     machine_with(monkeypatch, "bf16")
     monkeypatch.setattr(device, "_told", set())
     with console.log.capture() as said:
