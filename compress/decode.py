@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from compress.runtime import Sparse24Linear
 from compress_kernels.native import native
-from compress_kernels.sparse24 import Packed24
+from compress_kernels.sparse24 import Packed24, unwatched
 from compress_kernels.sparse24.decode import PROJECTIONS, Decoder, LayerParts, dense_token
 
 _NETWORKS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
@@ -82,8 +82,8 @@ class FusedForward:
         **kwargs: Any,
     ) -> Any:
         one_token = input_ids is not None and input_ids.shape == (1, 1) and inputs_embeds is None and use_cache is not False
-        # While a graph is compiled the network's own operations are what it is made of.
-        if one_token and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        # What traces or compiles the network is to see its own operations.
+        if one_token and not torch.is_grad_enabled() and unwatched(input_ids):
             assert input_ids is not None
             if self._asks_for_no_more(input_ids, attention_mask, position_ids, kwargs):
                 storage = self._storage(past_key_values)
@@ -105,6 +105,8 @@ class FusedForward:
         if not ids.is_cpu or self.network.training or config._attn_implementation not in _ATTENTION or config.use_cache is False:
             return False
         if config.output_attentions or config.output_hidden_states:
+            return False
+        if config.return_dict is False or kwargs.get("return_dict") is False:
             return False
         if any(value is not None and value is not False for value in kwargs.values()):
             return False
@@ -166,7 +168,7 @@ class FusedHead:
     def __call__(self, x: Tensor) -> Tensor:
         weight, bias = self.head.weight, self.head.bias
         one_token = x.numel() == x.shape[-1] and x.is_cpu and not torch.is_grad_enabled()
-        if one_token and not torch.compiler.is_compiling() and type(weight) is nn.Parameter and x.dtype in _DTYPES:
+        if one_token and unwatched(x) and type(weight) is nn.Parameter and x.dtype in _DTYPES:
             alike = weight.is_cpu and x.dtype is weight.dtype and (bias is None or bias.dtype is weight.dtype)
             if alike and weight.is_contiguous() and x.is_contiguous():
                 return dense_token(x, weight, bias)

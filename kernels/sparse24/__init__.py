@@ -20,7 +20,7 @@ from compress_kernels.sparse24 import cpu, reference
 from compress_kernels.sparse24.packing import Packed24, expand, pack, unpack
 from compress_kernels.sparse24.reference import Activation
 
-__all__ = ["Activation", "Implementation", "Packed24", "implementation", "linear", "linear_many", "pack", "unpack"]
+__all__ = ["Activation", "Implementation", "Packed24", "implementation", "linear", "linear_many", "pack", "unpack", "unwatched"]
 
 _OPERATOR = "compress::sparse24_linear"
 
@@ -55,7 +55,7 @@ def linear(x: Tensor, packed: Packed24, bias: Tensor | None = None, activation: 
     Gradients flow to x and bias, not to the packed matrix. Raises ValueError for shapes, dtypes or devices that do not fit together.
     """
     values, meta, scale = packed
-    if _direct(x, bias):
+    if unwatched(x, bias):
         return _product(x, values, meta, scale, bias, activation)
     return torch.ops.compress.sparse24_linear(x, values, meta, scale, bias, activation)
 
@@ -72,13 +72,13 @@ def linear_many(
         raise ValueError(f"{len(matrices)} matrices and {len(biases)} biases")
     alike = len({packed.values.dtype for packed in matrices}) == 1
     if alike and all(
-        _direct(x, bias) and cpu.supports(x, packed.values, bias) for packed, bias in zip(matrices, biases, strict=True)
+        unwatched(x, bias) and cpu.supports(x, packed.values, bias) for packed, bias in zip(matrices, biases, strict=True)
     ):
         return cpu.linear_many(x, matrices, biases, activation)
     return [linear(x, packed, bias, activation) for packed, bias in zip(matrices, biases, strict=True)]
 
 
-def _direct(x: Tensor, bias: Tensor | None) -> bool:
+def unwatched(x: Tensor, bias: Tensor | None = None) -> bool:
     """Whether nobody watches: no tracing, no gradient. The call then skips torch's dispatcher, which takes as long as a small layer."""
     if torch.compiler.is_compiling() or type(x) is not Tensor:
         return False

@@ -75,7 +75,7 @@ struct Functions {
     void (*rows)(const Rows&);
 };
 
-// e^x to 2 units in the last place for -87 <= x <= 88, held there beyond; NaN stays NaN. Cephes' polynomial.
+// e^x to a few units in the last place for -87 <= x <= 88, held there beyond; NaN stays NaN. Cephes' polynomial.
 SPARSE24_INLINE float exponential(float x) {
     x = x < -87.0f ? -87.0f : x;
     x = x > 88.0f ? 88.0f : x;

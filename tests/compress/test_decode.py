@@ -202,6 +202,7 @@ def test_what_asks_for_more_goes_the_networks_way(model: Any, saved: Path, steps
         run(**options)
         assert not steps, options
     assert len(run(output_hidden_states=True).hidden_states) == 3
+    assert isinstance(run(return_dict=False), tuple)
     with torch.enable_grad():
         run()
         assert not steps, "gradients"
@@ -249,6 +250,21 @@ def test_what_somebody_changed_inside_is_not_passed_by(model: Any, steps: list[i
     model.model.layers[1].mlp.up_proj = nn.Sequential(inner)
     torch.testing.assert_close(logits(model, ids), expected, rtol=1e-4, atol=1e-4)
     assert not steps, "another module"
+
+
+@torch.no_grad()
+def test_what_traces_the_network_sees_its_operations(model: Any, steps: list[int]) -> None:
+    ids = prompt(length=6)
+    expected = logits(model, ids)
+    steps.clear()
+    torch.testing.assert_close(logits(torch.compile(model, backend="eager"), ids), expected, rtol=1e-4, atol=1e-4)
+    assert not steps
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :4], past_key_values=cache)
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        model(ids[:, 4:5], past_key_values=cache)
+    assert counter.get_total_flops() > 0
+    assert not steps
 
 
 def test_new_weights_are_seen(model: Any, steps: list[int]) -> None:
