@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from compress.assets import asset_path
 from compress.bench import threads_of_torch
@@ -16,6 +16,9 @@ from compress.decode import fuse, unfuse
 from compress.errors import UsageError
 from compress.generate import generate
 from compress.models import LoadedModel, load_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,11 @@ gradients, other devices, and networks that somebody put hooks or adapters into.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -22,11 +21,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from compress.runtime import Sparse24Linear
 from compress_kernels.native import native
 from compress_kernels.sparse24 import Packed24, unwatched
+from compress_kernels.sparse24.cpu import FLOATING
 from compress_kernels.sparse24.decode import PROJECTIONS, Decoder, LayerParts, dense_token
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _NETWORKS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 _ATTENTION = ("sdpa", "eager")  # what computes softmax(q k) v and nothing else
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ROOM = 64  # tokens a cache has room for beyond those in it, at least; beyond 128 tokens half as many as are in it
 
 
@@ -168,7 +170,7 @@ class FusedHead:
     def __call__(self, x: Tensor) -> Tensor:
         weight, bias = self.head.weight, self.head.bias
         one_token = x.numel() == x.shape[-1] and x.is_cpu and not torch.is_grad_enabled()
-        if one_token and unwatched(x) and type(weight) is nn.Parameter and x.dtype in _DTYPES:
+        if one_token and unwatched(x) and type(weight) is nn.Parameter and x.dtype in FLOATING:
             alike = weight.is_cpu and x.dtype is weight.dtype and (bias is None or bias.dtype is weight.dtype)
             if alike and weight.is_contiguous() and x.is_contiguous():
                 return dense_token(x, weight, bias)

@@ -214,9 +214,8 @@ class Ablation:
     def prior(self, method: str) -> dict[str, Tensor]:
         if method not in self.priors:
             session = self.session
-            seen = key_of(session.recipe.model_copy(update={"learn": LearnSection()}))[
-                :8
-            ]  # what a prior does not depend on left out
+            # A prior does not depend on how the mask is learned.
+            seen = key_of(session.recipe.model_copy(update={"learn": LearnSection()}))[:8]
             file = self.out.with_name(f"{self.out.name}.{seen}.{method}.safetensors")
             if not file.exists():
                 save_masks(file, session.one_shot(method).masks, session.pattern, session.contracted)  # type: ignore[arg-type]
