@@ -1,6 +1,6 @@
 // The 2:4 kernels for AVX2 with FMA and F16C. With fp32 activations a group of four columns is a lane of 128 bits, and its code shifted into
-// place is the operand of the shuffle within lanes, of which only the low two bits of each element count. With int8 a table turns a metadata
-// byte (two groups, eight columns) into a shuffle operand.
+// place is the operand of the shuffle within lanes, of which only the low two bits of each element count. With int8 activations a lane is four groups,
+// and the codes become the operand of a shuffle of bytes.
 #pragma once
 
 #include <immintrin.h>
@@ -10,20 +10,6 @@
 namespace avx2 {
 
 #define T_AVX2 "avx2,fma,f16c"
-
-struct Tables {
-    uint64_t spread[256];  // for each of eight columns the kept value 0..3 that it holds, or 0x80: none
-    constexpr Tables() : spread() {
-        for (uint32_t byte = 0; byte < 256; ++byte) {
-            spread[byte] = 0x8080808080808080;
-            for (uint32_t i = 0; i < 4; ++i) {
-                const uint32_t column = 4 * (i / 2) + ((byte >> (2 * i)) & 3);
-                spread[byte] = (spread[byte] & ~(uint64_t(255) << (8 * column))) | uint64_t(i) << (8 * column);
-            }
-        }
-    }
-};
-static constexpr Tables kTables;
 
 INLINE_FN(T_AVX2) __m256 bf16_as_f32(__m128i half) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16)); }
 
@@ -100,37 +86,68 @@ FN(T_AVX2) void gather_f32(const Block& k) {
                                                          reinterpret_cast<const float*>(k.x + b * k.x_pitch), c, k.columns);
 }
 
-// int8 activations as int16, int8 values: 16 columns a step. A lane takes at most 2 * 127^2 a step, far from overflow within a span.
+// Eight bytes of metadata, 64 columns -> for each of their 32 kept values its column among the sixteen that it is one of, 0 to 15.
+INLINE_FN(T_AVX2) __m256i columns_of(const uint8_t* meta) {
+    // Every byte four times; of these the first two hold their two bits at 0 and 2, and so do the other two after a shift by 4.
+    const __m256i four = _mm256_shuffle_epi8(
+        _mm256_set1_epi64x(load_as<int64_t>(meta)), _mm256_setr_epi32(0, 0x01010101, 0x02020202, 0x03030303, 0x04040404, 0x05050505, 0x06060606, 0x07070707));
+    const __m256i bits = _mm256_and_si256(_mm256_blend_epi16(four, _mm256_srli_epi16(four, 4), 0xAA), _mm256_set1_epi16(0x0C03));
+    const __m256i within = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 3, 1, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0)), bits);
+    return _mm256_add_epi8(within, _mm256_set1_epi64x(0x0C0C080804040000));
+}
+
+// int8 activations and values: 64 columns. A lane of 32 bits takes at most 4 * 128 * 127 a step, far from overflow within a span.
 template <int R, int B>
-FN(T_AVX2) void gather_int8(const Block& k) {
-    __m256i acc[R][B] = {};
-    int64_t c = 0;
-    for (; c + 16 <= k.columns; c += 16) {
-        __m256i w[R];
+INLINE_FN(T_AVX2) void gather_int8_step(const uint8_t* values, int64_t value_pitch, const uint8_t* meta, int64_t meta_pitch, const uint8_t* x,
+                                        int64_t x_pitch, __m256i (&acc)[R][B]) {
+    __m256i w[R], size[R], index[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+        w[r] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + r * value_pitch));
+        size[r] = _mm256_abs_epi8(w[r]);
+        index[r] = columns_of(meta + r * meta_pitch);
+    }
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b) {
+        const __m128i* from = reinterpret_cast<const __m128i*>(x + b * x_pitch);
+        // Sixteen columns have eight kept values: the lower half of a lane is of one sixteen, the upper half of the next.
+        const __m256i x0 = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(from)), _mm_loadu_si128(from + 2), 1);
+        const __m256i x1 = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(from + 1)), _mm_loadu_si128(from + 3), 1);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
-            const uint8_t* values = k.values + r * k.value_pitch + c / 2;
-            const uint8_t* meta = k.meta + r * k.meta_pitch + c / 8;
-            _mm_prefetch(reinterpret_cast<const char*>(values) + kPrefetch, _MM_HINT_T1);
-            const uint64_t upper = kTables.spread[meta[1]] | 0x0404040404040404;
-            const __m128i spread = _mm_set_epi64x(int64_t(upper), int64_t(kTables.spread[meta[0]]));
-            w[r] = _mm256_cvtepi8_epi16(_mm_shuffle_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(values)), spread));
+            const __m256i kept = _mm256_blend_epi32(_mm256_shuffle_epi8(x0, index[r]), _mm256_shuffle_epi8(x1, index[r]), 0xCC);
+            // The instruction multiplies unsigned by signed bytes: magnitudes by activations that have taken over the sign. 2 * 128 * 127 fits.
+            const __m256i pairs = _mm256_maddubs_epi16(size[r], _mm256_sign_epi8(kept, w[r]));
+            acc[r][b] = _mm256_add_epi32(acc[r][b], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
         }
+    }
+}
+
+template <int R, int B>
+FN(T_AVX2) void gather_int8(const Block& k) {
+    constexpr int64_t kStep = 64;
+    __m256i acc[R][B] = {};
+    int64_t c = 0;
+    for (; c + kStep <= k.columns; c += kStep) {
 #pragma GCC unroll 4
-        for (int b = 0; b < B; ++b) {
-            const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(k.x + b * k.x_pitch + 2 * c));
-#pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) acc[r][b] = _mm256_add_epi32(acc[r][b], _mm256_madd_epi16(w[r], x));
+        for (int r = 0; r < R; ++r) _mm_prefetch(reinterpret_cast<const char*>(k.values + r * k.value_pitch + c / 2) + kPrefetch, _MM_HINT_T1);
+        gather_int8_step<R, B>(k.values + c / 2, k.value_pitch, k.meta + c / 8, k.meta_pitch, k.x + c, k.x_pitch, acc);
+    }
+    if (const int64_t rest = k.columns - c) {  // a copy of it, with zeros behind
+        alignas(32) uint8_t values[R][kStep / 2] = {}, meta[R][kStep / 8] = {}, x[B][kStep] = {};
+        for (int r = 0; r < R; ++r) {
+            memcpy(values[r], k.values + r * k.value_pitch + c / 2, size_t(rest / 2));
+            memcpy(meta[r], k.meta + r * k.meta_pitch + c / 8, size_t((rest + 7) / 8));
         }
+        for (int b = 0; b < B; ++b) memcpy(x[b], k.x + b * k.x_pitch + c, size_t(rest));
+        gather_int8_step<R, B>(values[0], kStep / 2, meta[0], kStep / 8, x[0], kStep, acc);
     }
     for (int r = 0; r < R; ++r)
         for (int b = 0; b < B; ++b) {
             __m128i s = _mm_add_epi32(_mm256_castsi256_si128(acc[r][b]), _mm256_extracti128_si256(acc[r][b], 1));
             s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4E));
             s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1));
-            k.sum[b * k.sum_pitch + r] +=
-                _mm_cvtsi128_si32(s) + gathered_sum<I8, int16_t>(k.values + r * k.value_pitch, k.meta + r * k.meta_pitch,
-                                                                 reinterpret_cast<const int16_t*>(k.x + b * k.x_pitch), c, k.columns);
+            k.sum[b * k.sum_pitch + r] += _mm_cvtsi128_si32(s);
         }
 }
 

@@ -91,7 +91,7 @@ SPARSE24_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1
 SPARSE24_INLINE int code_of(const uint8_t* meta, int64_t group) { return (meta[group >> 1] >> (4 * (group & 1))) & 15; }
 
 // What a vector kernel leaves over (fewer columns than its step) and what a machine without vectors computes.
-// X: float (activations as fp32) or int16_t (quantised ones); the sum is exact for the latter.
+// X: float (activations as fp32) or int8_t (quantised ones); the sum is exact for the latter.
 template <Type V, class X>
 SPARSE24_INLINE double gathered_sum(const uint8_t* values, const uint8_t* meta, const X* x, int64_t from, int64_t columns) {
     double sum = 0;
@@ -99,13 +99,13 @@ SPARSE24_INLINE double gathered_sum(const uint8_t* values, const uint8_t* meta, 
     for (int64_t g = from / 4; g < columns / 4; ++g) {
         const int code = code_of(meta, g);
         const X x0 = x[4 * g + (code & 3)], x1 = x[4 * g + (code >> 2)];
-        if constexpr (sizeof(X) == 2) {
+        if constexpr (sizeof(X) == 1) {
             exact += int8_t(values[2 * g]) * x0 + int8_t(values[2 * g + 1]) * x1;
         } else {
             sum += double(load_float(V, values, 2 * g)) * x0 + double(load_float(V, values, 2 * g + 1)) * x1;
         }
     }
-    return sizeof(X) == 2 ? double(exact) : sum;
+    return sizeof(X) == 1 ? double(exact) : sum;
 }
 
 namespace portable {

@@ -81,9 +81,9 @@ enum Status : int { OK = 0, OUT_OF_MEMORY = 1, UNSUPPORTED = 2 };
 
 // ---- How a call is computed
 
-// The activations as kernels read them: as given or fp32, bf16 as given, int8 + 128 as uint8, int8 as int16, transposed fp32, or tiles
+// The activations as kernels read them: as given or fp32, bf16 as given, int8, int8 + 128 as uint8, transposed fp32, or tiles
 // (PANELS: tiles of bf16 for the kernel without AMX).
-enum class Form { FLOAT, BF16, OFFSET, WORDS, COLUMNS, PANELS, TILES_BF16, TILES_INT8 };
+enum class Form { FLOAT, BF16, BYTES, OFFSET, COLUMNS, PANELS, TILES_BF16, TILES_INT8 };
 
 struct Kernels {
     BlockKernel one_row[kMaxTokens], four_rows[kMaxTokens];  // by tokens - 1
@@ -161,13 +161,13 @@ Plan make_plan(const Call& c) {
     Plan p{c, Form::FLOAT, {}, nullptr, 4};
     const bool int8 = c.activation == INT8_ACTIVATION;
     if (int8) {
-        p.form = Form::WORDS, p.element = 2;
-        p.kernels = KERNELS(portable::gather<I8, int16_t, R, B>);
+        p.form = Form::BYTES, p.element = 1;
+        p.kernels = KERNELS(portable::gather<I8, int8_t, R, B>);
 #if defined(__x86_64__)
         if ((has & AMX) && c.batch >= kTilesBatchInt8 && c.columns <= kTilesMaxColumns) {
-            p.form = Form::TILES_INT8, p.element = 1;
+            p.form = Form::TILES_INT8;
         } else if (has & AVX512_VNNI) {
-            p.form = Form::OFFSET, p.element = 1;
+            p.form = Form::OFFSET;
             p.kernels = KERNELS(avx512::gather_int8<R, B>);
         } else if (has & AVX2) {
             p.kernels = KERNELS(avx2::gather_int8<R, B>);

@@ -80,7 +80,7 @@ void prepare(const Plan& p, uint8_t* prepared, uint8_t* work, int64_t unit) {
                 if (!p.in_place()) convert_token(c.x_type, x, c.columns, reinterpret_cast<float*>(out));
                 break;
             case Form::OFFSET: p.token_scale[t] = quantize_token(c, x, 128, values, out); break;
-            case Form::WORDS: p.token_scale[t] = quantize_token(c, x, 0, values, reinterpret_cast<int16_t*>(out)); break;
+            case Form::BYTES: p.token_scale[t] = quantize_token(c, x, 0, values, reinterpret_cast<int8_t*>(out)); break;
             case Form::TILES_INT8: p.token_scale[t] = quantize_token(c, x, 0, values, quantized + (t - first) * c.columns); break;
             default: break;
         }

@@ -111,14 +111,15 @@ def test_int8_activations_are_those_of_the_reference_bit_by_bit(level) -> None:
             assert torch.equal(y, reference.linear(x, packed, None, "int8", torch.float32))
 
 
-def test_int8_sums_do_not_overflow(level) -> None:
+@pytest.mark.parametrize(("value", "x"), [(127, 127.0), (-128, 127.0), (-128, -127.0), (127, -127.0)])
+def test_int8_sums_do_not_overflow(level, value, x) -> None:
     """All products at their largest, over more columns than 32 bits hold at once."""
     k = 280_000
     codes = torch.full((2, k // 8), 0x44, dtype=torch.uint8)
-    packed = Packed24(torch.full((2, k // 2), 127, dtype=torch.int8), codes, torch.ones(2))
+    packed = Packed24(torch.full((2, k // 2), value, dtype=torch.int8), codes, torch.ones(2))
     for batch in (1, 4):
-        y = cpu.linear(torch.full((batch, k), 127.0), *packed, None, "int8")
-        torch.testing.assert_close(y, torch.full((batch, 2), 127.0**2 * k / 2), rtol=1e-6, atol=0)
+        y = cpu.linear(torch.full((batch, k), x), *packed, None, "int8")
+        torch.testing.assert_close(y, torch.full((batch, 2), x * value * k / 2), rtol=1e-6, atol=0)
 
 
 def test_int8_stays_within_the_error_of_its_quantisation(level) -> None:
