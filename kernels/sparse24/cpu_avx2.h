@@ -19,12 +19,16 @@ INLINE_FN(T_AVX2) __m256 load_kept(const uint8_t* p) {
     constexpr int kExchange = 0xD8;
     if constexpr (V == F32)
         return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_loadu_pd(reinterpret_cast<const double*>(p)), kExchange));
+    // int8 and bf16 are put to the top of a lane of 32 bits by one shuffle of bytes, cheaper than the instructions that widen them.
     if constexpr (V == I8) {
-        const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_shufflelo_epi16(bytes, kExchange)));
+        const __m256i bytes = _mm256_set1_epi64x(load_as<int64_t>(p));
+        const __m256i top = _mm256_setr_epi32(0x00808080, 0x01808080, 0x04808080, 0x05808080, 0x02808080, 0x03808080, 0x06808080, 0x07808080);
+        return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_shuffle_epi8(bytes, top)), _mm256_set1_ps(0x1p-24f));  // exact, both
     }
-    const __m128i half = _mm_shuffle_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), kExchange);
-    return V == F16 ? _mm256_cvtph_ps(half) : bf16_as_f32(half);
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    if constexpr (V == F16) return _mm256_cvtph_ps(_mm_shuffle_epi32(half, kExchange));
+    const __m256i top = _mm256_setr_epi32(0x01008080, 0x03028080, 0x09088080, 0x0B0A8080, 0x05048080, 0x07068080, 0x0D0C8080, 0x0F0E8080);
+    return _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(half), top));
 }
 
 INLINE_FN(T_AVX2) float sum8(__m256 v) {
