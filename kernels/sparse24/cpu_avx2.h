@@ -1,6 +1,6 @@
 // The 2:4 kernels for AVX2 with FMA and F16C. With fp32 activations a group of four columns is a lane of 128 bits, and its code shifted into
-// place is the operand of the shuffle within lanes, of which only the low two bits of each element count. With int8 activations a lane is four groups,
-// and the codes become the operand of a shuffle of bytes.
+// place is the operand of the shuffle within lanes, of which only the low two bits of each element count. With int8 activations a lane is
+// four groups, and the codes become the operand of a shuffle of bytes.
 #pragma once
 
 #include <immintrin.h>
@@ -93,8 +93,8 @@ FN(T_AVX2) void gather_f32(const Block& k) {
 // Eight bytes of metadata, 64 columns -> for each of their 32 kept values its column among the sixteen that it is one of, 0 to 15.
 INLINE_FN(T_AVX2) __m256i columns_of(const uint8_t* meta) {
     // Every byte four times; of these the first two hold their two bits at 0 and 2, and so do the other two after a shift by 4.
-    const __m256i four = _mm256_shuffle_epi8(
-        _mm256_set1_epi64x(load_as<int64_t>(meta)), _mm256_setr_epi32(0, 0x01010101, 0x02020202, 0x03030303, 0x04040404, 0x05050505, 0x06060606, 0x07070707));
+    const __m256i times = _mm256_setr_epi32(0, 0x01010101, 0x02020202, 0x03030303, 0x04040404, 0x05050505, 0x06060606, 0x07070707);
+    const __m256i four = _mm256_shuffle_epi8(_mm256_set1_epi64x(load_as<int64_t>(meta)), times);
     const __m256i bits = _mm256_and_si256(_mm256_blend_epi16(four, _mm256_srli_epi16(four, 4), 0xAA), _mm256_set1_epi16(0x0C03));
     const __m256i within = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 3, 1, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0)), bits);
     return _mm256_add_epi8(within, _mm256_set1_epi64x(0x0C0C080804040000));
