@@ -116,16 +116,19 @@ def _controlled(model: PreTrainedModel, control: bool) -> Iterator[None]:
 
 
 def backend_of(model: nn.Module) -> str:
-    """How the weights lie in memory: "dense", "2:4" and the type of the values, or "low-bit" and the widths."""
+    """How the weights lie in memory: "dense", "2:4" and the type of the values (with that of the head, where it is int8), or "low-bit" and the
+    widths."""
     from compress.runtime import Sparse24Linear
     from compress.runtime_lowbit import widths_of
+    from compress.runtime_tables import Int8Head
 
     if widths := widths_of(model):
         return f"low-bit {', '.join(map(str, widths))}"
     packed = [m for m in model.modules() if isinstance(m, Sparse24Linear)]
     if not packed:
         return "dense"
-    return f"2:4 {str(packed[0].values.dtype).removeprefix('torch.')}"
+    head = ", head int8" if any(isinstance(m, Int8Head) for m in model.modules()) else ""
+    return f"2:4 {str(packed[0].values.dtype).removeprefix('torch.')}{head}"
 
 
 def bytes_in_memory(model: nn.Module) -> int:

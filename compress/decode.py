@@ -22,7 +22,7 @@ from compress.runtime import Sparse24Linear
 from compress_kernels.native import native
 from compress_kernels.sparse24 import Packed24, unwatched
 from compress_kernels.sparse24.cpu import FLOATING
-from compress_kernels.sparse24.decode import PROJECTIONS, Decoder, LayerParts, dense_token
+from compress_kernels.sparse24.decode import PROJECTIONS, Decoder, LayerParts, dense_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -173,7 +173,7 @@ class FusedHead:
         if one_token and unwatched(x) and type(weight) is nn.Parameter and x.dtype in FLOATING:
             alike = weight.is_cpu and x.dtype is weight.dtype and (bias is None or bias.dtype is weight.dtype)
             if alike and weight.is_contiguous() and x.is_contiguous():
-                return dense_token(x, weight, bias)
+                return dense_tokens(x, weight, bias)
         return self.own(x)
 
 

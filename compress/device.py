@@ -65,16 +65,17 @@ def dtype_on(device: torch.device, name: str) -> torch.dtype | None:
     return DTYPES[name]
 
 
-def tell_slow(model: torch.nn.Module, dtype: torch.dtype | None = None) -> None:
+def tell_slow(model: torch.nn.Module, dtype: torch.dtype | None = None, *, head: bool = True) -> None:
     """One line on stderr, once a process, when a model is about to compute in a type for which its processor has no instructions.
 
-    dtype: that of its products, where it is not that of its weights.
+    dtype: that of its products, where it is not that of its weights. head: whether its output head multiplies more than a token at a time. A model
+    whose matrices are all packed computes their products in types of its own, as fast in a narrow type.
     """
     first = next(model.parameters(), None)
     if first is None:
         return
     dtype = dtype or first.dtype
-    if dtype in _told or multiplies(dtype, first.device):
+    if dtype in _told or multiplies(dtype, first.device) or not _has_dense_products(model, head):
         return
     _told.add(dtype)
     kind = str(dtype).removeprefix("torch.")
@@ -82,4 +83,16 @@ def tell_slow(model: torch.nn.Module, dtype: torch.dtype | None = None) -> None:
         f"[yellow]the model computes in {kind}, for which this processor has no instructions: long texts take several times as long as in "
         "float32. With twice the memory, dtype float32 (or fastest, which chooses by the machine) is the faster one here[/]",
         soft_wrap=True,
+    )
+
+
+def _has_dense_products(model: torch.nn.Module, head: bool) -> bool:
+    """Whether torch multiplies by a matrix of the model's, its output head counted or not. Embeddings are looked up."""
+    find: Any = getattr(model, "get_output_embeddings", None)
+    left_out = find() if find and not head else None
+    return any(
+        parameter.dim() > 1
+        for module in model.modules()
+        if module is not left_out and not isinstance(module, torch.nn.Embedding)
+        for parameter in module.parameters(recurse=False)
     )

@@ -17,7 +17,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from compress import packed, packed_moe, runtime, runtime_lowbit
+from compress import packed, packed_moe, runtime, runtime_lowbit, runtime_tables
 from compress.checkpoint import TensorInfo, read_header
 from compress.decode import fuse
 from compress.routing.quantizer import RoutingConfig, RoutingQuantizer
@@ -40,7 +40,7 @@ class _PackedQuantizer(HfQuantizer):
     """Puts packed modules into the empty model before transformers loads its tensors."""
 
     requires_calibration = True  # in transformers' words: it loads what was packed before, and packs nothing itself
-    matrices: list[Any]  # packed parameters: each has the `name` and `shape` of the dense one
+    matrices: list[Any]  # packed parameters and tables: each has the `name` and `shape` of the dense one
 
     @abstractmethod
     def _install(self, model: PreTrainedModel, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> list[Any]:
@@ -74,8 +74,10 @@ class _PackedQuantizer(HfQuantizer):
         return model
 
     def _owners(self, model: PreTrainedModel) -> Iterator[tuple[nn.Module, str]]:
-        """Every packed parameter as its module and its name there."""
+        """Every packed parameter as its module and its name there. (Tables have a weight, if an empty one.)"""
         for matrix in self.matrices:
+            if isinstance(matrix, packed.Int8Table):
+                continue
             module, _, parameter = matrix.name.rpartition(".")
             yield model.get_submodule(module), parameter
 
@@ -106,13 +108,15 @@ class Packed24Quantizer(_PackedQuantizer):
     """Loads packed-24 checkpoints."""
 
     def _install(self, model: PreTrainedModel, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> list[Any]:
-        matrices = packed.from_config(config, self.where)
-        packed.find_tensors(matrices, tensors, lambda: model, self.where)
+        matrices, tables = packed.from_config(config, self.where), packed.tables_from_config(config, self.where)
+        packed.find_tensors([*matrices, *tables], tensors, lambda: model, self.where)
         runtime.install(model, matrices, config["activations"])
-        return matrices
+        runtime_tables.install_tables(model, tables, self.where)
+        return [*matrices, *tables]
 
     def _check(self, model: PreTrainedModel) -> None:
-        runtime.check_loaded(model, self.matrices, self.where)
+        matrices = [matrix for matrix in self.matrices if isinstance(matrix, packed.PackedMatrix)]
+        runtime.check_loaded(model, matrices, self.where)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         loaded = super()._process_model_after_weight_loading(model, **kwargs)

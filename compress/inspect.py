@@ -72,13 +72,16 @@ def _plain(checkpoint: Checkpoint, infos: Iterable[TensorInfo]) -> Iterator[Tens
 
 
 def _packed(path: Path) -> Iterator[TensorRow]:
-    """The packed parameters, each as one row of its dense shape with the bytes of all its parts; then the rest."""
+    """The packed parameters, each as one row of its dense shape with the bytes of all its parts; int8 tables likewise; then the rest."""
     packed = PackedCheckpoint(path)
     for matrix in packed.matrices:
         sparsity, pattern = describe(packed.dense(matrix).movedim(matrix.contracted_dim, -1))
         along = "" if matrix.contracted_dim == -1 else " along -2"
         bits = 8 * matrix.nbytes / matrix.weights
         yield TensorRow(matrix.name, matrix.shape, f"packed {matrix.values}", matrix.nbytes, bits, sparsity, pattern + along)
+    for table in packed.tables:
+        sparsity, pattern = describe(packed.read_table(table)["values"])
+        yield TensorRow(table.name, table.shape, "int8", table.nbytes, 8 * table.nbytes / table.weights, sparsity, pattern)
     yield from _plain(packed.checkpoint, packed.plain)
 
 

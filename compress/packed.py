@@ -6,13 +6,17 @@ Of every group of four weights along the inputs two are stored, and a 4-bit code
 - `meta` uint8 `[N, ceil(K/8)]`: code `i | j << 2` of a group that keeps the weights i < j, two groups a byte, the low nibble first.
 
 The weight of module `M` lies in `M.values`, `M.meta`, `M.scale`. A fused parameter `P` of experts lies in `P_values [E, N, K/2]`,
-`P_meta`, `P_scale`, expert after expert, each as `[out, in]` even where the model stores it transposed. All other tensors keep the
-names that they have in the dense checkpoint. config.json lists the packed parameters under `quantization_config`.
+`P_meta`, `P_scale`, expert after expert, each as `[out, in]` even where the model stores it transposed.
+
+A model's token embedding, and its output head where that is not tied to it, may be rounded instead: a table `[V, H]` is then `values` int8
+`[V, H]` and `scale` float32 `[V]`, a weight being value * scale of its row. All other tensors keep the names that they have in the dense
+checkpoint. config.json lists the packed parameters and the tables under `quantization_config`; with tables it is of version 2, which releases
+before them do not read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from math import prod
@@ -31,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 QUANT_METHOD = "compress-packed-24"
-VERSION = 1
+VERSIONS = (1, 2)  # without tables, and with
 VALUE_DTYPES: dict[str, torch.dtype] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
@@ -81,28 +85,58 @@ class PackedMatrix:
         return sum(dtype.itemsize * prod(shape) for dtype, shape in self.tensors.values())
 
 
-def to_config(matrices: Iterable[PackedMatrix], values: str, activations: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Int8Table:
+    """The token embedding or output head `name` of a model, `shape` `(V, H)`, rounded to int8 with one scale a row."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def prefix(self) -> str:
+        """What stands before `values` and `scale` in the names of the tensors."""
+        return self.name.removesuffix("weight")
+
+    @property
+    def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Part ("values", "scale") -> dtype and shape."""
+        return {"values": (torch.int8, self.shape), "scale": (torch.float32, self.shape[:1])}
+
+    @property
+    def weights(self) -> int:
+        """Weights of the dense parameter."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(dtype.itemsize * prod(shape) for dtype, shape in self.tensors.values())
+
+
+def to_config(
+    matrices: Iterable[PackedMatrix], values: str, activations: str, tables: Sequence[Int8Table] = ()
+) -> dict[str, Any]:
     """The `quantization_config` of config.json. activations: one of `ACTIVATIONS`, what products are computed with."""
     return {
         "quant_method": QUANT_METHOD,
-        "version": VERSION,
+        "version": VERSIONS[bool(tables)],
         "pattern": "2:4",
         "values": values,
         "activations": activations,
         "matrices": {m.name: {"shape": list(m.shape), "contracted_dim": m.contracted_dim} for m in matrices},
-    }
+    } | ({"int8_tables": {t.name: {"shape": list(t.shape)} for t in tables}} if tables else {})
 
 
 def from_config(config: Mapping[str, Any], where: str) -> list[PackedMatrix]:
-    """The inverse of `to_config`. `where` names the checkpoint in errors.
+    """The packed parameters of a `quantization_config` (`tables_from_config` gives the rest). `where` names the checkpoint in errors.
 
     Raises UsageError for another format or version, and for a description that contradicts itself.
     """
     if config.get("quant_method") != QUANT_METHOD:
         raise UsageError(f"{where} is quantised by {config.get('quant_method')!r}, which is not packed-24 ({QUANT_METHOD!r})")
-    if config.get("version") != VERSION:
+    if config.get("version") not in VERSIONS:
         raise UsageError(
-            f"{where} is packed-24 of version {config.get('version')!r}; this release reads version {VERSION}, so update the tool"
+            f"{where} is packed-24 of version {config.get('version')!r}; this release reads versions up to {VERSIONS[-1]}, so update the tool"
         )
     if config.get("values") not in VALUE_DTYPES or config.get("pattern") != "2:4":
         raise UsageError(
@@ -127,6 +161,18 @@ def from_config(config: Mapping[str, Any], where: str) -> list[PackedMatrix]:
     return matrices
 
 
+def tables_from_config(config: Mapping[str, Any], where: str) -> list[Int8Table]:
+    """The int8 tables of a `quantization_config` that `from_config` has read. Raises UsageError for a description that contradicts itself."""
+    try:
+        tables = [Int8Table(name, tuple(int(n) for n in entry["shape"])) for name, entry in config.get("int8_tables", {}).items()]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UsageError(f"{where}: the int8 tables in its quantization_config cannot be read ({error!r})") from error
+    for table in tables:
+        if len(table.shape) != 2 or not table.name.endswith(".weight"):
+            raise UsageError(f"{where}: {table.name} of shape {list(table.shape)} is no embedding and no output head")
+    return tables
+
+
 def quant_method(folder: Path) -> str | None:
     """What quantised the checkpoint in a folder, as its config.json says; None where it says nothing or cannot be read."""
     try:
@@ -142,9 +188,12 @@ def is_packed(folder: Path) -> bool:
 
 
 def find_tensors(
-    matrices: Iterable[PackedMatrix], tensors: Mapping[str, TensorInfo], model: Callable[[], PreTrainedModel], where: str
+    matrices: Iterable[PackedMatrix | Int8Table],
+    tensors: Mapping[str, TensorInfo],
+    model: Callable[[], PreTrainedModel],
+    where: str,
 ) -> dict[str, dict[str, str]]:
-    """Find the tensors of every packed parameter among those of a checkpoint: parameter -> part -> name in the checkpoint.
+    """Find the tensors of every packed parameter and table among those of a checkpoint: parameter -> part -> name in the checkpoint.
 
     `model` gives the model (on the meta device will do), which knows under which other names transformers may have saved them. Raises
     UsageError for one that is missing, or has another shape or type than config.json says.
@@ -181,21 +230,26 @@ class PackedCheckpoint:
         quantization = read_json(folder / "config.json").get("quantization_config")
         self.config: dict[str, Any] = quantization if isinstance(quantization, dict) else {}
         self.matrices = from_config(self.config, str(folder))
+        self.tables = tables_from_config(self.config, str(folder))
         self.checkpoint = Checkpoint(folder)
         skeleton = cache(lambda: meta_model(str(folder)))
-        self._names = find_tensors(self.matrices, self.checkpoint.tensors, skeleton, str(folder))
+        self._names = find_tensors([*self.matrices, *self.tables], self.checkpoint.tensors, skeleton, str(folder))
 
     @cached_property
     def plain(self) -> list[TensorInfo]:
-        """The tensors that are not packed."""
+        """The tensors that are neither packed nor tables."""
         packed = {name for parts in self._names.values() for name in parts.values()}
         return [info for name, info in self.checkpoint.tensors.items() if name not in packed]
 
     def read(self, matrix: PackedMatrix) -> dict[str, Tensor]:
         """Its parts ("values", "meta", perhaps "scale"). Raises CompressError when a code in its metadata is illegal."""
-        parts = {part: self.checkpoint.read(name) for part, name in self._names[matrix.name].items()}
+        parts = self.read_table(matrix)
         check_codes(parts, matrix, str(self.folder))
         return parts
+
+    def read_table(self, table: Int8Table | PackedMatrix) -> dict[str, Tensor]:
+        """Its parts as they are stored."""
+        return {part: self.checkpoint.read(name) for part, name in self._names[table.name].items()}
 
     def dense(self, matrix: PackedMatrix) -> Tensor:
         """The dense parameter of `matrix.shape`, in the type of the values (int8: float32)."""

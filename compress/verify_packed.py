@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from compress.models import LoadedModel
 
 P24 = Pattern(2, 4)
+_CHUNK = 1 << 24  # weights compared at once
 
 
 def verify_packed(
@@ -67,7 +68,8 @@ def _check(checkpoint: PackedCheckpoint, matrix: PackedMatrix, mask: Tensor | No
 
 
 def verify_packed_against(folder: Path, masks: Mapping[str, Tensor], original: LoadedModel) -> Report:
-    """Compare every packed parameter with mask * original (see `compare_packed`), and all others as the model loads them, bit for bit."""
+    """Compare every packed parameter with mask * original (`compare_packed`), int8 tables with the original's (`compare_int8`), and all others as the
+    model loads them, bit for bit."""
     from compress.models import load_model
 
     model = original.model
@@ -78,6 +80,7 @@ def verify_packed_against(folder: Path, masks: Mapping[str, Tensor], original: L
     report = Report(f"{folder} is the mask times {original.source}, in the type of its values", str(P24))
     packed = {matrix.name for matrix in checkpoint.matrices}
     parts = {matrix.prefix + part for matrix in checkpoint.matrices for part in matrix.tensors}
+    parts |= {table.prefix + part for table in checkpoint.tables for part in table.tensors}
     for matrix in checkpoint.matrices:
         name, dim = matrix.name, matrix.contracted_dim
         if name not in expected or tuple(expected[name].shape) != matrix.shape or name not in masks:
@@ -92,6 +95,15 @@ def verify_packed_against(folder: Path, masks: Mapping[str, Tensor], original: L
         except CompressError as error:
             report.rows.append(Row(name, matrix.shape, dim, note=str(error), wrong=True))
             return report  # what is damaged cannot be loaded
+    rounded: set[int] = set()  # addresses: a head that is tied to its embedding is there under two names
+    for table in checkpoint.tables:
+        if table.name not in expected or tuple(expected[table.name].shape) != table.shape:
+            report.rows.append(Row(table.name, table.shape, note="is not in the original", wrong=True))
+            continue
+        found = checkpoint.read_table(table)
+        report.rows.append(compare_int8(table.name, found["values"], found["scale"], expected[table.name]))
+        rounded.add(expected[table.name].data_ptr())
+    packed |= {name for name, value in expected.items() if value.data_ptr() in rounded}
     dtype = str(model.dtype).removeprefix("torch.")
     actual = load_model(str(folder), dtype=dtype, tokenizer=False).model.state_dict()
     for name in sorted((actual.keys() - parts) ^ (expected.keys() - packed)):
@@ -111,13 +123,26 @@ def compare_packed(name: str, packed: Packed24, meant: Tensor) -> Row:
     found = unpack(packed)
     if packed.scale is None:
         return compare(name, _unsigned_zeros(found), _unsigned_zeros(meant.to(packed.values.dtype)))
-    shape, expected = tuple(found.shape), meant.float()
-    scale = expected.abs().amax(1) / 127
-    if not torch.equal(scale, packed.scale):
-        return Row(name, shape, note="its scales are not max|w| / 127 of its rows", wrong=True)
-    off = (found - expected).abs()
-    wrong = (off > 0.50001 * scale[:, None]) | ((expected == 0) & (found != 0))
-    return Row(name, shape, differing=int(wrong.sum()), max_difference=float(off[wrong].max()) if bool(wrong.any()) else 0.0)
+    return compare_int8(name, found, packed.scale, meant)
+
+
+def compare_int8(name: str, values: Tensor, scale: Tensor, meant: Tensor) -> Row:
+    """Compare a matrix that was rounded to int8, with scales `[N]` of its rows, with the dense one that it should stand for (see `compare_packed`).
+
+    values: `[N, K]`, int8, or floating-point and times the scale already.
+    """
+    shape, differing, furthest = tuple(values.shape), 0, 0.0
+    step = max(1, _CHUNK // max(shape[1], 1))
+    for first in range(0, shape[0], step):
+        part = slice(first, first + step)
+        expected, found, scales = meant[part].float(), values[part], scale[part]
+        if not torch.equal(expected.abs().amax(1) / 127, scales):
+            return Row(name, shape, note="its scales are not max|w| / 127 of its rows", wrong=True)
+        off = ((found if found.is_floating_point() else found.float() * scales[:, None]) - expected).abs()
+        wrong = (off > 0.50001 * scales[:, None]) | ((expected == 0) & (found != 0))
+        if bool(wrong.any()):
+            differing, furthest = differing + int(wrong.sum()), max(furthest, float(off[wrong].max()))
+    return Row(name, shape, differing=differing, max_difference=furthest)
 
 
 def _unsigned_zeros(tensor: Tensor) -> Tensor:

@@ -55,6 +55,13 @@ def export(
             "--activations", help="packed-24 with int8 values: int8 rounds each token to int8 before a product, which is faster."
         ),
     ] = "float",
+    embedding: Annotated[
+        Literal["dense", "int8"],
+        typer.Option(
+            "--embedding",
+            help="packed-24: int8 rounds token embedding and output head, one scale a row; in a small model they are most of what is left.",
+        ),
+    ] = "dense",
     include: Annotated[
         list[str] | None, typer.Option("--include", help="packed-24 without a mask: glob of matrices to pack; may be repeated.")
     ] = None,
@@ -80,7 +87,7 @@ def export(
     - `compress export runs/quickstart --out tiny-24`
     - `compress export mask.safetensors --model meta-llama/Llama-3.2-1B --out llama-24`
     - `compress export runs/quickstart --format packed-24 --out tiny-24-packed`
-    - `compress export my-sparse-model --format packed-24 --values int8 --out my-packed-model`
+    - `compress export my-sparse-model --format packed-24 --values int8 --embedding int8 --out my-packed-model`
     - `compress export runs/quickstart --format mask --out mask_compressed.npz`
     - `compress export runs/tiny-moe-routing --out tiny-moe-routed`
     - `compress export runs/tiny-moe --format packed-moe --out tiny-moe-packed`
@@ -92,8 +99,8 @@ def export(
             raise UsageError(f"{source} is a run of learn-routing, which has no mask; --format and --mask do not go with it")
         _routing(run, out, model, overwrite)
         return
-    if format_ != "packed-24" and (values != "auto" or activations != "float" or include or exclude):
-        raise UsageError("--values, --activations, --include and --exclude go with --format packed-24")
+    if format_ != "packed-24" and (values != "auto" or activations != "float" or embedding != "dense" or include or exclude):
+        raise UsageError("--values, --activations, --embedding, --include and --exclude go with --format packed-24")
     if format_ == "packed-moe" or format_ == "compressed-tensors":
         if mask is not None:
             raise UsageError(f"--mask does not go with --format {format_}: a quantised matrix holds its own zeros")
@@ -105,7 +112,7 @@ def export(
         raise UsageError(f"{source} is a run of quantize; give --format packed-moe or --format compressed-tensors")
     job = _job(source, model, mask)
     if format_ == "packed-24":
-        _packed(job, out, values, activations, include or [], exclude or [], overwrite)
+        _packed(job, out, values, activations, embedding, include or [], exclude or [], overwrite)
         return
     if job.masks is None:
         raise UsageError(f"{source} is a model; give the mask with --mask (without one only --format packed-24 works)")
@@ -229,7 +236,16 @@ def _job(source: str, model: str | None, mask: Path | None) -> _Job:
     return job
 
 
-def _packed(job: _Job, out: Path, values: str, activations: str, include: list[str], exclude: list[str], overwrite: bool) -> None:
+def _packed(
+    job: _Job,
+    out: Path,
+    values: str,
+    activations: str,
+    embedding: str,
+    include: list[str],
+    exclude: list[str],
+    overwrite: bool,
+) -> None:
     from compress import console
     from compress.export.packed24 import export_packed
     from compress.export.source import open_source
@@ -242,6 +258,7 @@ def _packed(job: _Job, out: Path, values: str, activations: str, include: list[s
             masks=job.masks,
             values=values,
             activations=activations,
+            embedding=embedding,
             include=include,
             exclude=exclude,
             recipe_text=job.recipe_text,
@@ -253,6 +270,8 @@ def _packed(job: _Job, out: Path, values: str, activations: str, include: list[s
     weights = sum(matrix.weights for matrix in result.matrices)
     nbytes = sum(matrix.nbytes for matrix in result.matrices)
     typer.echo(f"packed {len(result.matrices)} parameters: {nbytes:,} bytes, {8 * nbytes / weights:.2f} bits a weight")
+    for table in result.tables:
+        typer.echo(f"rounded {table.name} to int8: {table.nbytes:,} bytes, {8 * table.nbytes / table.weights:.2f} bits a weight")
 
 
 def _say(out: Path, reports: list[Report]) -> None:

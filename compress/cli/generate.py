@@ -48,7 +48,7 @@ def generate(
 
     with console.log.status(f"loading {model}"):
         loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    tell_slow(loaded.model)
+    tell_slow(loaded.model, head=False)
     show = (lambda text: None) if json_ else (lambda text: print(text, end="", flush=True))
     made = continue_text(loaded, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, on_text=show)
     kind = str(loaded.model.dtype).removeprefix("torch.")

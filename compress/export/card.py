@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +13,9 @@ from compress import __version__
 from maskllm.patterns import Pattern
 
 if TYPE_CHECKING:
+    from compress.export.packed24 import PackedExport
     from compress.export.source import MatrixSource
     from compress.models import LoadedModel
-    from compress.packed import PackedMatrix
 
 _LOADS = """| software | loads | faster for the sparsity |
 | --- | --- | --- |
@@ -76,15 +76,15 @@ def write_card(
 def write_packed_card(
     folder: Path,
     source: MatrixSource,
-    matrices: Sequence[PackedMatrix],
-    zeros: int,
+    made: PackedExport,
     values: str,
     activations: str,
     *,
     recipe_text: str | None,
     metrics: list[dict[str, Any]] | None,
 ) -> None:
-    """Write the card of a packed-24 export. zeros: weights of the packed matrices that are zero."""
+    """Write the card of a packed-24 export."""
+    matrices, zeros = made.matrices, made.zeros
     weights = sum(matrix.weights for matrix in matrices)
     nbytes = sum(matrix.nbytes for matrix in matrices)
     total = sum(p.numel() for p in source.model.parameters())
@@ -97,6 +97,9 @@ def write_packed_card(
         f"{zeros:,} of {total:,} weights are zero. {kept} The zeros are not stored: these {weights:,} weights take {nbytes:,} bytes, "
         f"{8 * nbytes / weights:.2f} bits each with codes and scales."
     )
+    if made.tables:
+        names = " and ".join(table.name for table in made.tables)
+        what += f" Rounded to int8, with one scale a row: {names}, {sum(table.nbytes for table in made.tables):,} bytes."
     title = f"{Path(source.name).name.removeprefix('asset:')}, 2:4 sparse, packed as {values}"
     _write(folder, source.name, source.on_hub, title, what, _LOADS_PACKED, recipe_text, metrics)
 

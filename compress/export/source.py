@@ -178,6 +178,10 @@ class FileSource:
     def shards(self, packed: Mapping[str, tuple[int, Sequence[Entry]]]) -> list[list[Entry]]:
         """The shards of the source, a packed parameter where its first piece was."""
         owner = {piece.stored: name for name, (dim, _) in packed.items() for piece in self._pieces(name, dim)}
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        ours = {id(parameters[name]): name for name in packed}
+        # A file may hold a parameter again under the name of another one that is tied to it.
+        owner |= {name: ours[id(p)] for name, p in parameters.items() if id(p) in ours and name in self.checkpoint.tensors}
         waiting = {name: entries for name, (_, entries) in packed.items()}
         shards: dict[Path, list[Entry]] = {file: [] for file in self.checkpoint.metadata}
         for info in self.checkpoint.tensors.values():

@@ -259,9 +259,9 @@ API int sparse24_linear(const Call* call) {
     return status;
 }
 
-// One token through all decoder layers, and through a dense head: cpu_decode.h. Each returns a Status.
+// One token through all decoder layers, and a few tokens through a head: cpu_decode.h. Each returns a Status.
 API int sparse24_decode_token(const decode::Token* token) { return decode::Pass(*token).run(); }
-API int sparse24_dense_token(const decode::Dense* call) { return decode::dense_token(*call); }
+API int sparse24_dense_tokens(const decode::Dense* call) { return decode::dense_tokens(*call); }
 
 // Reads `bytes` (a multiple of 512 a thread, the rest left out) as fast as memory gives them; the sum keeps the reads.
 API int64_t sparse24_read(const uint8_t* data, int64_t bytes, int64_t threads) {

@@ -98,6 +98,11 @@ SPARSE24_INLINE Vec widened(const uint8_t* p) {
     for (int j = 0; j < 4; ++j) v[j] = bf16_to_float(load_as<uint16_t>(p + 2 * j));
     return v;
 }
+SPARSE24_INLINE Vec from_int8(const uint8_t* p) {
+    Vec v;
+    for (int j = 0; j < 4; ++j) v[j] = float(int8_t(p[j]));
+    return v;
+}
 SPARSE24_INLINE float sum_lanes(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 #define DECODE_TARGET
 #include "cpu_decode_math.h"
@@ -110,6 +115,9 @@ namespace avx2 {
 typedef __m256 Vec;
 DECODE_TARGET SPARSE24_INLINE Vec widened(const uint8_t* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+}
+DECODE_TARGET SPARSE24_INLINE Vec from_int8(const uint8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 DECODE_TARGET SPARSE24_INLINE float sum_lanes(Vec v) {
     const __m128 a = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)), b = _mm_add_ps(a, _mm_movehl_ps(a, a));
@@ -124,6 +132,9 @@ namespace avx512 {
 typedef __m512 Vec;
 DECODE_TARGET SPARSE24_INLINE Vec widened(const uint8_t* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+}
+DECODE_TARGET SPARSE24_INLINE Vec from_int8(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 DECODE_TARGET SPARSE24_INLINE float sum_lanes(Vec v) { return _mm512_reduce_add_ps(v); }
 #include "cpu_decode_math.h"
@@ -281,31 +292,38 @@ private:
 // ---- The head
 
 struct Dense {
-    const uint8_t* x;       // [columns] of type
+    const uint8_t* x;       // [tokens, columns] of type
     const uint8_t* weight;  // [rows, columns] of weight_type
-    const void* bias;       // [rows] of weight_type, or null
-    uint8_t* out;           // [rows] of type
-    int64_t rows, columns;
-    Type type, weight_type;
+    const float* scale;     // [rows] of an int8 weight, else null
+    const void* bias;       // [rows] of bias_type, or null
+    uint8_t* out;           // [tokens, rows] of type
+    int64_t tokens, rows, columns;
+    Type type, weight_type, bias_type;
     int64_t threads;
 };
 
-int dense_token(const Dense& d) {
+int dense_tokens(const Dense& d) {
     const Functions f = functions_of(g_features.load(std::memory_order_relaxed), d.weight_type);
-    float* x = reinterpret_cast<float*>(t_token.get(4 * d.columns));
+    float* x = reinterpret_cast<float*>(t_token.get(4 * d.tokens * d.columns));
     if (!x) return OUT_OF_MEMORY;
-    load_all(d.type, d.x, d.columns, x);
+    load_all(d.type, d.x, d.tokens * d.columns, x);
 #pragma omp parallel num_threads(int(d.threads))
     {
-        constexpr int64_t kRows = 256;
-        float sums[kRows];
+        constexpr int64_t kMost = 256, kBytes = 128 << 10;  // of rows at once: they stay in cache for the second token and those after it
+        float sums[kMost];
+        const int64_t row_bytes = d.columns * type_size(d.weight_type), fit = row_bytes ? kBytes / row_bytes : kMost;
+        const int64_t step = d.tokens == 1 || fit > kMost ? kMost : fit > 1 ? fit : 1;
         const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
         const int64_t last = d.rows * (thread + 1) / threads;
-        for (int64_t row = d.rows * thread / threads; row < last; row += kRows) {
-            const int64_t count = last - row < kRows ? last - row : kRows;
-            f.rows(Rows{d.weight + row * d.columns * type_size(d.weight_type), count, d.columns, x, sums});
-            for (int64_t i = 0; i < count; ++i)
-                store_float(d.type, d.out, row + i, d.bias ? sums[i] + load_float(d.weight_type, d.bias, row + i) : sums[i]);
+        for (int64_t row = d.rows * thread / threads; row < last; row += step) {
+            const int64_t count = last - row < step ? last - row : step;
+            for (int64_t t = 0; t < d.tokens; ++t) {
+                f.rows(Rows{d.weight + row * row_bytes, count, d.columns, x + t * d.columns, sums});
+                for (int64_t i = 0; i < count; ++i) {
+                    const float y = d.scale ? sums[i] * d.scale[row + i] : sums[i];
+                    store_float(d.type, d.out, t * d.rows + row + i, d.bias ? y + load_float(d.bias_type, d.bias, row + i) : y);
+                }
+            }
         }
     }
     return OK;

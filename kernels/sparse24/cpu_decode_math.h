@@ -1,5 +1,5 @@
 // The arithmetic between the products, in vectors of the target that it is included for (cpu_decode.h), which has defined `Vec` of floats, `widened`
-// (as many bf16 as a Vec has lanes), `sum_lanes`, and the attribute DECODE_TARGET. Included once for each target, hence no guard.
+// (as many bf16 as a Vec has lanes), `from_int8`, `sum_lanes`, and the attribute DECODE_TARGET. Included once for each target, hence no guard.
 
 constexpr int64_t kLanes = sizeof(Vec) / sizeof(float);
 
@@ -9,6 +9,7 @@ DECODE_TARGET SPARSE24_INLINE Vec load_lanes(const uint8_t* from, int64_t i) {
     Vec v = {};
     if constexpr (T == F32) return memcpy(&v, from + 4 * i, sizeof v), v;
     if constexpr (T == BF16) return widened(from + 2 * i);
+    if constexpr (T == I8) return from_int8(from + i);
     for (int64_t j = 0; j < kLanes; ++j) v[j] = load_float(T, from, i + j);
     return v;
 }
@@ -97,6 +98,7 @@ inline Functions functions(Type type) {
     switch (type) {
         case F32: return {attend<F32>, norm, gated, rows<F32>};
         case BF16: return {attend<BF16>, norm, gated, rows<BF16>};
+        case I8: return {nullptr, norm, gated, rows<I8>};  // weights alone: no cache is kept so
         default: return {attend<F16>, norm, gated, rows<F16>};
     }
 }

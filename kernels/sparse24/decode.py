@@ -22,7 +22,7 @@ from compress_kernels.sparse24.reference import Activation
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # struct Layer has its matrices in this order
 _TOKEN = struct.Struct("11q2d9q")  # struct Token
-_DENSE = struct.Struct("9q")  # struct Dense
+_DENSE = struct.Struct("12q")  # struct Dense
 
 
 @dataclass(frozen=True)
@@ -202,24 +202,31 @@ def _described(parts: LayerParts) -> bytes:
     return words
 
 
-def dense_token(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """One token x `[..., K]` (every leading dimension 1) times a dense weight `[N, K]` transposed, plus bias, in the dtype of x: for a model's head.
+def dense_tokens(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    """A few tokens x `[..., K]` times a weight `[N, K]` transposed, plus bias, in the dtype of x: for a model's head.
 
-    float32, bfloat16 and float16, contiguous, on the CPU; weight and bias share a dtype. Raises ValueError for others.
+    float32, bfloat16 and float16, contiguous, on the CPU; an int8 weight has a float32 scale `[N]` of its rows, others have none. Every token costs
+    about the same, so with many of them a product of matrices is faster. Raises ValueError for others, MemoryError when there is none for them.
     """
-    columns = weight.shape[-1]
-    fits = weight.dim() == 2 and x.numel() == columns == x.shape[-1] and (bias is None or bias.shape == weight.shape[:1])
-    kinds = x.dtype in FLOATING and weight.dtype in FLOATING and (bias is None or bias.dtype is weight.dtype)
-    if not (fits and kinds and all(t.is_cpu and t.is_contiguous() for t in (x, weight, *([] if bias is None else [bias])))):
+    rows, columns = weight.shape if weight.dim() == 2 else (0, 0)
+    fits = weight.dim() == 2 and x.dim() > 0 and x.shape[-1] == columns
+    fits = fits and all(part is None or part.shape == (rows,) for part in (bias, scale))
+    kinds = x.dtype in FLOATING and (weight.dtype in FLOATING or weight.dtype == torch.int8)
+    kinds = kinds and (scale is None) == (weight.dtype != torch.int8) and (scale is None or scale.dtype == torch.float32)
+    kinds = kinds and (bias is None or bias.dtype in FLOATING)
+    tensors = [tensor for tensor in (x, weight, bias, scale) if tensor is not None]
+    if not (fits and kinds and all(t.is_cpu and t.is_contiguous() for t in tensors)):
         raise ValueError(
-            f"a token [..., {columns}] and a weight [N, {columns}] on the CPU, contiguous and floating-point, are wanted, "
+            f"tokens [..., {columns}] and a weight [N, {columns}] on the CPU, contiguous and floating-point (or int8 with a scale) are wanted, "
             f"not {x.dtype} {list(x.shape)} and {weight.dtype} {list(weight.shape)}"
         )
-    out = x.new_empty(*x.shape[:-1], len(weight))
-    types = (TYPE_CODES[x.dtype], TYPE_CODES[weight.dtype])
-    addresses = (x.data_ptr(), weight.data_ptr(), _address(bias), out.data_ptr())
-    if kernel_library().sparse24_dense_token(_DENSE.pack(*addresses, len(weight), columns, *types, torch.get_num_threads())):
-        raise MemoryError("no memory for a token's activations")
+    out = x.new_empty(*x.shape[:-1], rows)
+    addresses = (x.data_ptr(), weight.data_ptr(), _address(scale), _address(bias), out.data_ptr())
+    types = (TYPE_CODES[x.dtype], TYPE_CODES[weight.dtype], -1 if bias is None else TYPE_CODES[bias.dtype])
+    tokens = x.numel() // max(columns, 1)
+    call = _DENSE.pack(*addresses, tokens, rows, columns, *types, torch.get_num_threads())
+    if kernel_library().sparse24_dense_tokens(call):
+        raise MemoryError("no memory for the tokens' activations")
     return out
 
 

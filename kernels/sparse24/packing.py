@@ -165,10 +165,18 @@ def _as_values(kept: Tensor, dtype: torch.dtype, first_row: int) -> tuple[Tensor
                 f"row {first_row + int(lost.nonzero()[0])} has a weight beyond the range of {dtype}; pack as bfloat16 or float32"
             )
         return values, None
-    kept = kept.float()
-    if not kept.isfinite().all():
-        row = first_row + int((~kept.isfinite()).any(1).nonzero()[0])
+    return to_int8(kept, first_row)
+
+
+def to_int8(rows: Tensor, first_row: int = 0) -> tuple[Tensor, Tensor]:
+    """Rows `[n, K]` of any floating dtype as int8 `[n, K]` and float32 scales `[n]`, max|row| / 127, to nearest.
+
+    first_row: their place in the matrix, for the message of the ValueError that a NaN or an infinity raises.
+    """
+    rows = rows.float()
+    if not rows.isfinite().all():
+        row = first_row + int((~rows.isfinite()).any(1).nonzero()[0])
         raise ValueError(f"row {row} has a NaN or an infinity, which int8 cannot hold; pack as bfloat16 or float32")
-    scale = kept.abs().amax(1) / 127 if kept.shape[1] else kept.new_zeros(len(kept))
-    values = (kept / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round().clamp(-127, 127).to(torch.int8)
+    scale = rows.abs().amax(1) / 127 if rows.shape[1] else rows.new_zeros(len(rows))
+    values = (rows / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round().clamp(-127, 127).to(torch.int8)
     return values, scale

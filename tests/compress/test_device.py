@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from packed_fixtures import make_case
 
 from compress import console, device
 from compress.device import dtype_on, fastest_dtype, multiplies, tell_slow
@@ -141,3 +142,22 @@ def test_a_slow_type_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with console.log.capture() as said:
         tell_slow(torch.nn.Linear(2, 2).bfloat16())
     assert said.get() == ""
+
+
+def test_packed_models_are_not_called_slow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Their products are not torch's; that of a dense head is, and in a text that is only read it sees many tokens."""
+    machine_with(monkeypatch)
+    case = make_case(tmp_path, "llama")
+
+    def told(folder: Path, head: bool) -> bool:
+        monkeypatch.setattr(device, "_told", set())
+        with console.log.capture() as said:
+            tell_slow(load_model(str(folder), dtype="bfloat16", tokenizer=False).model, head=head)
+        return "no instructions" in said.get()
+
+    assert told(case.source, head=False)
+    case.pack(tmp_path / "dense-head", values="bf16")
+    assert told(tmp_path / "dense-head", head=True)
+    assert not told(tmp_path / "dense-head", head=False)
+    case.pack(tmp_path / "int8-head", values="bf16", embedding="int8")
+    assert not told(tmp_path / "int8-head", head=True)

@@ -114,7 +114,7 @@ def test_the_description_in_config_json_is_read_with_care() -> None:
     }
     assert from_config(good, "here") == [PackedMatrix("a.weight", (4, 8), -1, "bf16")]
     for change, message in (
-        ({"version": 2}, "version 2; this release reads version 1"),
+        ({"version": 3}, "version 3; this release reads versions up to 2"),
         ({"quant_method": "gptq"}, "quantised by 'gptq'"),
         ({"pattern": "4:8"}, "pattern '4:8'"),
         ({"values": "int4"}, "values 'int4'"),

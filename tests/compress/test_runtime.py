@@ -247,7 +247,7 @@ def set_code(tensors: dict[str, Tensor], byte: int) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "version": (lambda f: edit_config(f, version=7), "version 7; this release reads version 1"),
+    "version": (lambda f: edit_config(f, version=7), "version 7; this release reads versions up to 2"),
     "truncated": (cut, "truncated"),
     "a packed tensor is missing": (
         lambda f: edit_tensors(f, lambda t: t.pop(UP + "meta")),

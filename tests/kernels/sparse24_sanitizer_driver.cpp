@@ -73,9 +73,16 @@ bool run_decode(Type type, Type value_type, Activation activation) {
   t.norm = wide_norm.data(), t.x = x.data(), t.cos = t.sin = angles.data(), t.cache = cache.data(), t.capacity = tokens + 1;
   t.tokens = tokens, t.out = out.data(), t.threads = 2;
   if (sparse24_decode_token(&t) != OK) return false;
-  std::vector<uint8_t> weight = numbers(type, 301 * hidden), bias = numbers(type, 301), logits(size_t(301 * type_size(type)));
-  const decode::Dense head{x.data(), weight.data(), bias.data(), logits.data(), 301, hidden, type, type, 2};
-  return sparse24_dense_token(&head) == OK;
+  bool fine = true;
+  for (Type weight_type : {type, I8})
+    for (int64_t count : {1, 3}) {
+      std::vector<uint8_t> rows = numbers(type, count * hidden), weight = numbers(weight_type, 301 * hidden), bias = numbers(type, 301);
+      std::vector<uint8_t> scale = numbers(F32, 301), logits(size_t(count * 301 * type_size(type)));
+      const float* scales = weight_type == I8 ? reinterpret_cast<const float*>(scale.data()) : nullptr;
+      const decode::Dense head{rows.data(), weight.data(), scales, bias.data(), logits.data(), count, 301, hidden, type, weight_type, type, 2};
+      fine = fine && sparse24_dense_tokens(&head) == OK;
+    }
+  return fine;
 }
 
 }  // namespace

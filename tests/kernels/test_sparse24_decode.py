@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from compress_kernels.sparse24 import Packed24, cpu, pack, unpack
-from compress_kernels.sparse24.decode import PROJECTIONS, Decoder, LayerParts, dense_token
+from compress_kernels.sparse24.decode import PROJECTIONS, Decoder, LayerParts, dense_tokens
+from compress_kernels.sparse24.packing import to_int8
 from compress_kernels.sparse24.reference import quantize_activations
 
 HIDDEN, INNER, EPS = 36, 84, 1e-5
@@ -164,17 +165,52 @@ def test_great_scores_do_not_overflow(level: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("int8", [True, False])
 @pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (517, 70), (300, 256)])
-def test_a_dense_head(level: tuple[str, ...], dtype: torch.dtype, biased: bool, rows: int, columns: int) -> None:
-    weight, x = numbers(rows, columns, dtype=dtype), numbers(1, 1, columns, seed=1, dtype=dtype)
-    bias = numbers(rows, seed=2, dtype=dtype) if biased else None
-    exact = functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    y = dense_token(x, weight, bias)
+@pytest.mark.parametrize(
+    ("tokens", "rows", "columns"), [(1, 1, 1), (1, 517, 70), (3, 300, 256), (2, 700, 1030), (0, 5, 8), (2, 0, 8)]
+)
+def test_a_head(
+    level: tuple[str, ...], dtype: torch.dtype, int8: bool, biased: bool, tokens: int, rows: int, columns: int
+) -> None:
+    x = numbers(1, tokens, columns, seed=1, dtype=dtype)
+    weight, scale = numbers(rows, columns, dtype=dtype), None
+    exact = weight.double()
+    if int8:
+        weight, scale = to_int8(weight)
+        exact = weight.double() * scale.double()[:, None]
+    bias = numbers(rows, seed=2, dtype=torch.float32 if int8 else dtype) if biased else None
+    exact = functional.linear(x.double(), exact, None if bias is None else bias.double())
+    y = dense_tokens(x, weight, bias, scale)
     assert y.dtype == dtype
     torch.testing.assert_close(y.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-5 * columns)
-    with pytest.raises(ValueError, match="a token"):
-        dense_token(numbers(2, columns), weight)
+
+
+def test_a_head_with_numbers_that_are_none_gives_none(level: tuple[str, ...]) -> None:
+    weight, scale = to_int8(numbers(40, 70))
+    for number in (torch.nan, torch.inf):
+        x = numbers(1, 70)
+        x[0, 69] = number
+        assert not dense_tokens(x, weight, None, scale).isfinite().any()
+
+
+def test_a_head_that_does_not_fit_is_refused() -> None:
+    x, weight = numbers(2, 70), numbers(40, 70)
+    values, scale = to_int8(weight)
+    for arguments in (
+        (x[:, :60], weight),
+        (x.T.contiguous().T, weight),
+        (x.double(), weight),
+        (x, weight.double()),
+        (x, weight, torch.ones(3)),
+        (x, values),
+        (x, weight, None, scale),
+        (x, values, None, scale[:3]),
+        (x, values, None, scale.double()),
+        (x, weight[0]),
+    ):
+        with pytest.raises(ValueError, match="tokens"):
+            dense_tokens(*arguments)
 
 
 def test_what_does_not_fit_is_refused() -> None:
