@@ -52,12 +52,13 @@ struct Group {
     const uint8_t *keys, *values;  // [tokens, head_dim], rows `pitch` bytes apart
     int64_t pitch, tokens, head_dim, queries;
     float scaling;
-    float* scores;  // [kTokens]
+    float* scores;  // [kQueries, kTokens]
     float* most;    // [queries]: the largest score
     float* sum;     // [queries]: of e^(score - most)
     float* out;     // [queries, head_dim]: the values times these
 };
 constexpr int64_t kTokens = 128;  // in a run: the same whatever the number of threads, and so are the results
+constexpr int64_t kQueries = 3;   // at once: four rows' sums for each of them fit into sixteen registers
 
 // Rows of a dense weight times one token.
 struct Rows {
@@ -104,6 +105,9 @@ SPARSE24_INLINE Vec from_int8(const uint8_t* p) {
     return v;
 }
 SPARSE24_INLINE float sum_lanes(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+SPARSE24_INLINE void sum_lanes(Vec a, Vec b, Vec c, Vec d, float* out) {
+    out[0] = sum_lanes(a), out[1] = sum_lanes(b), out[2] = sum_lanes(c), out[3] = sum_lanes(d);
+}
 #define DECODE_TARGET
 #include "cpu_decode_math.h"
 #undef DECODE_TARGET
@@ -123,6 +127,10 @@ DECODE_TARGET SPARSE24_INLINE float sum_lanes(Vec v) {
     const __m128 a = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)), b = _mm_add_ps(a, _mm_movehl_ps(a, a));
     return _mm_cvtss_f32(_mm_add_ss(b, _mm_shuffle_ps(b, b, 1)));
 }
+DECODE_TARGET SPARSE24_INLINE void sum_lanes(Vec a, Vec b, Vec c, Vec d, float* out) {
+    const Vec halves = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));  // of each a sum in either half
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+}
 #include "cpu_decode_math.h"
 #undef DECODE_TARGET
 }  // namespace avx2
@@ -137,6 +145,13 @@ DECODE_TARGET SPARSE24_INLINE Vec from_int8(const uint8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 DECODE_TARGET SPARSE24_INLINE float sum_lanes(Vec v) { return _mm512_reduce_add_ps(v); }
+DECODE_TARGET SPARSE24_INLINE __m256 folded(Vec v) {
+    return _mm256_add_ps(_mm512_castps512_ps256(v), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)));
+}
+DECODE_TARGET SPARSE24_INLINE void sum_lanes(Vec a, Vec b, Vec c, Vec d, float* out) {
+    const __m256 halves = _mm256_hadd_ps(_mm256_hadd_ps(folded(a), folded(b)), _mm256_hadd_ps(folded(c), folded(d)));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+}
 #include "cpu_decode_math.h"
 #undef DECODE_TARGET
 }  // namespace avx512
@@ -257,7 +272,7 @@ private:
         std::atomic<int> status{OK};
 #pragma omp parallel num_threads(int(t_.threads))
         {
-            float* scores = reinterpret_cast<float*>(t_scores.get(4 * kTokens));
+            float* scores = reinterpret_cast<float*>(t_scores.get(4 * kQueries * kTokens));
             if (!scores) status = OUT_OF_MEMORY;
             const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads(), units = runs * t_.kv_heads;
             for (int64_t u = units * thread / threads; scores && u < units * (thread + 1) / threads; ++u) {
