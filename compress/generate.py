@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -91,11 +92,25 @@ def generate(
     with torch.inference_mode():
         generator: Any = model  # `generate` comes from a mixin that type-checkers do not see
         ids = ids.to(model.device)
-        result = generator.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=streamer)
+        with _no_ends_of_its_own(generator.generation_config):
+            result = generator.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=streamer)
     new = result[0, length:].tolist()
     start, first, *_ = streamer.times
     stopped = "end" if new and new[-1] in ends else "length"
     return Generation("".join(streamer.pieces), length, len(new), first - start, streamer.times[-1] - first, stopped)
+
+
+@contextmanager
+def _no_ends_of_its_own(config: GenerationConfig | None) -> Iterator[None]:
+    """Within it a model's generation config knows no end: transformers takes from there what it is not given, also the end that is not wanted."""
+    known = None if config is None else config.eos_token_id
+    if config is not None:
+        config.eos_token_id = None
+    try:
+        yield
+    finally:
+        if config is not None:
+            config.eos_token_id = known
 
 
 def _end_tokens(loaded: LoadedModel) -> list[int]:

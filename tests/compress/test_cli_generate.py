@@ -134,3 +134,15 @@ def test_eval_and_its_reference_take_packed_folders(folders: dict[str, Path]) ->
     facts = json.loads(result.stdout)
     assert facts["kl"] == pytest.approx(0, abs=1e-6)
     assert facts["top1_agreement"] == 1.0
+
+
+def test_without_stopping_no_end_ends_the_text(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_model(str(folders["bf16"]), dtype="float32")
+    config = loaded.model.generation_config
+    text = generate(loaded, PROMPT, max_new_tokens=30, stop=False)
+    ends = loaded.tokenizer(text.text)["input_ids"][9:10]
+    monkeypatch.setattr(config, "eos_token_id", ends)
+    assert generate(loaded, PROMPT, max_new_tokens=30, stop=True).stopped == "end"
+    again = generate(loaded, PROMPT, max_new_tokens=30, stop=False)
+    assert (again.text, again.new_tokens, again.stopped) == (text.text, 30, "length")
+    assert config.eos_token_id == ends
