@@ -366,7 +366,7 @@ def _check_length(model: nn.Module, seqlen: int) -> None:
 
 
 def _check_vocabulary(model: nn.Module, windows: Tensor) -> None:
-    rows = _embedding(model).weight.shape[0]
+    rows = _embedding(model).num_embeddings
     highest = int(windows.max())
     if highest >= rows:
         raise UsageError(

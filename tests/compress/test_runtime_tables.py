@@ -21,6 +21,7 @@ import compress
 from compress.bench_model import backend_of, bytes_in_memory
 from compress.cli import app
 from compress.errors import CompressError, UsageError
+from compress.evaluate import evaluate_tokens
 from compress.inspect import inspect_checkpoint
 from compress.runtime_tables import Int8Embedding, Int8Head, find_tables
 from compress.verify_packed import verify_packed_against
@@ -80,6 +81,7 @@ def test_the_files_hold_rounded_rows_and_the_model_computes_with_them(architectu
     with torch.inference_mode():
         close(model(TOKENS).logits, dense(TOKENS).logits)  # 18 tokens: by torch
         close(model(TOKENS[:1]).logits, dense(TOKENS[:1]).logits)  # 9: by the kernel, where there is one
+    assert evaluate_tokens(model, TOKENS).nll == pytest.approx(evaluate_tokens(dense, TOKENS).nll, rel=1e-5)
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(model.generate(TOKENS[:1], **options), dense.generate(TOKENS[:1], **options))
 
