@@ -16,6 +16,7 @@ before them do not read.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -46,8 +47,29 @@ VALUE_DTYPES: dict[str, torch.dtype] = {
 ACTIVATIONS = ("float", "int8")
 
 
+class _Stored(ABC):
+    """A parameter that lies in the checkpoint as other tensors than its own."""
+
+    shape: tuple[int, ...]
+
+    @property
+    @abstractmethod
+    def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Part -> dtype and shape."""
+
+    @property
+    def weights(self) -> int:
+        """Weights of the dense parameter."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(dtype.itemsize * prod(shape) for dtype, shape in self.tensors.values())
+
+
 @dataclass(frozen=True)
-class PackedMatrix:
+class PackedMatrix(_Stored):
     """One packed parameter. `shape` and `contracted_dim` (-1 or -2) are those of the dense parameter `name` in the model."""
 
     name: str
@@ -74,19 +96,9 @@ class PackedMatrix:
         parts = {"values": (VALUE_DTYPES[self.values], (*lead, k // 2)), "meta": (torch.uint8, (*lead, -(-k // 8)))}
         return parts | ({"scale": (torch.float32, tuple(lead))} if self.values == "int8" else {})
 
-    @property
-    def weights(self) -> int:
-        """Weights of the dense parameter."""
-        return prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all its tensors."""
-        return sum(dtype.itemsize * prod(shape) for dtype, shape in self.tensors.values())
-
 
 @dataclass(frozen=True)
-class Int8Table:
+class Int8Table(_Stored):
     """The token embedding or output head `name` of a model, `shape` `(V, H)`, rounded to int8 with one scale a row."""
 
     name: str
@@ -101,16 +113,6 @@ class Int8Table:
     def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Part ("values", "scale") -> dtype and shape."""
         return {"values": (torch.int8, self.shape), "scale": (torch.float32, self.shape[:1])}
-
-    @property
-    def weights(self) -> int:
-        """Weights of the dense parameter."""
-        return prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all its tensors."""
-        return sum(dtype.itemsize * prod(shape) for dtype, shape in self.tensors.values())
 
 
 def to_config(
