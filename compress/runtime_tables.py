@@ -105,7 +105,8 @@ class Int8Head(PackedModule):
 
 def _product(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """The same by torch, some rows at a time, in a type that the device multiplies."""
-    dtype = x.dtype if multiplies(x.dtype, x.device) else torch.float32
+    # A compiled product is the compiler's own business, which cannot look into what the machine has either.
+    dtype = x.dtype if torch.compiler.is_compiling() or multiplies(x.dtype, x.device) else torch.float32
     step, inputs = max(1, _CHUNK // max(values.shape[1], 1)), x.to(dtype)
     parts = []
     for first in range(0, len(values), step):
@@ -173,9 +174,8 @@ def install_tables(model: PreTrainedModel, tables: Iterable[Int8Table], where: s
         return
     embedding, head = _places(model)
     known = {f"{_name_of(model, module)}.weight": tuple(module.weight.shape) for module in (embedding, head)}
-    # Asked of the configuration: while transformers loads, the two are not one yet.
-    config: Any = model.config.get_text_config(decoder=True)
-    tied = len(wanted) == 1 and config.tie_word_embeddings
+    # While transformers loads, what is to be tied is not one parameter yet.
+    tied = f"{_name_of(model, head)}.weight" in model.all_tied_weights_keys
     if wanted != (dict(list(known.items())[:1]) if tied else known):
         raise UsageError(f"{where}: its int8 tables {', '.join(wanted)} are not embedding and head of its model")
     Int8Embedding.convert(embedding)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import tiny_configs
 import torch
-from packed_fixtures import Case, make_case, tensors_of
+import transformers
+from packed_fixtures import Case, case_of, make_case, tensors_of
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -107,6 +108,23 @@ def test_transformers_loads_saves_and_loads_again(architecture: str, tmp_path: P
     assert torch.equal(copied(TOKENS).logits, expected)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_vision_language_models(tied: bool, tmp_path: Path) -> None:
+    """Embedding and head lie elsewhere, and another configuration says whether they are tied."""
+    text = tiny_configs.gemma3().config.to_dict() | {"tie_word_embeddings": tied}
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16}
+    sizes = {"vision_config": {**vision, "patch_size": 8}, "mm_tokens_per_image": 4}
+    config = transformers.Gemma3Config(text_config=text, tie_word_embeddings=tied, **sizes)
+    torch.manual_seed(0)
+    transformers.AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "source")
+    case = case_of(tmp_path / "source", tmp_path / "mask.safetensors")
+    result = case.pack(tmp_path / "out", embedding="int8")
+    assert [table.name for table in result.tables] == ["model.language_model.embed_tokens.weight", *([] if tied else [HEAD])]
+    case.pack(tmp_path / "dense")
+    found, expected = (compress.load(tmp_path / folder)(input_ids=TOKENS).logits for folder in ("out", "dense"))
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.02)
+
+
 def test_outputs_follow_the_model_s_type_and_the_rows_keep_theirs(qwen3: Case, tmp_path: Path) -> None:
     qwen3.pack(tmp_path / "out", embedding="int8")
     model = compress.load(tmp_path / "out")
@@ -148,7 +166,9 @@ def test_gradients_and_traces_go_through_torch(qwen3: Case, tmp_path: Path) -> N
     y.sum().backward()
     close(x.grad, weight.sum(0).expand(3, -1))
     compiled: Any = torch.compile(head, backend="eager", fullgraph=True)
-    close(compiled(x.detach()), x.detach() @ weight.T)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = x.detach().to(dtype)
+        torch.testing.assert_close(compiled(x).float(), x.float() @ weight.T, rtol=0.01, atol=0.05)
 
 
 def test_every_row_is_verified_against_the_original(qwen3: Case, tmp_path: Path) -> None:
