@@ -84,7 +84,10 @@ def _curves(measures: Sequence[dict[str, Any]], recipe: LearnMaskRecipe) -> Figu
     values = [m["perplexity"] for m in measures]
     grid[0][0].plot([m["tokens"] for m in measures], values, "o-", color=ACCENT, markersize=3)
     plain(grid[0][0], f"{text} of the hard mask", "tokens seen", "perplexity")
-    grid[0][1].plot([100 * m["flipped"] for m in measures], values, "o-", color=ACCENT, markersize=3)
+    changed = [100 * m["flipped"] for m in measures]
+    grid[0][1].plot(changed, values, "o-", color=ACCENT, markersize=3)
+    if not any(changed):
+        grid[0][1].set_xlim(-0.05, 1)  # else shares below zero would be on the axis
     plain(grid[0][1], "against what changed", "groups that differ from the prior (%)", "perplexity")
     for axes in grid[0]:
         if max(values) > 4 * min(values):
@@ -148,7 +151,7 @@ def _heat(layers: Sequence[dict[str, Any]]) -> Figure:
         share[row, column] = 100 * x["flipped"] / max(x["groups"], 1)
     drawn, grid = figure(9, 0.9 + 0.28 * len(kinds))
     axes = grid[0][0]
-    image = axes.imshow(share, aspect="auto", cmap="YlGn", vmin=0)
+    image = axes.imshow(share, aspect="auto", cmap="YlGn", vmin=0, vmax=float(np.nanmax(share)) or 1.0)
     axes.set_yticks(range(len(kinds)), kinds)
     axes.set_xticks(range(len(blocks)), blocks)
     drawn.colorbar(image, ax=axes, label="%").ax.tick_params(labelsize=8)
