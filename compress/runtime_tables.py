@@ -1,7 +1,7 @@
 """Run token embeddings and output heads that are rounded to int8, one scale a row (`compress.packed.Int8Table`).
 
-In a small model with a large vocabulary they are most of what packing leaves: a quarter of SmolLM2-135M's weights, a third of Gemma-3-1B's. A head
-is read whole for every token that is generated. On a CPU the compiled kernels read its int8 rows as they are (cpu_decode.h); for many tokens at once,
+In a small model with a large vocabulary they are most of what packing leaves: a fifth of SmolLM2-135M's weights, almost a third of Gemma-3-1B's.
+A head is read whole for every token that is generated. On a CPU the compiled kernels read its int8 rows as they are (cpu_decode.h); for many tokens at once,
 and elsewhere, some rows at a time are made floating-point and multiplied by torch.
 """
 
@@ -148,12 +148,12 @@ def _can_round(embedding: Any) -> bool:
             setattr(owner, name, torch.ones_like(buffer, device="cpu"))
     ids = torch.zeros(1, 1, dtype=torch.long, device="cpu")
     with torch.no_grad():
-        expected = trial(ids)
-        Int8Embedding.convert(trial)
-        trial.values[:], trial.scale[:] = to_int8(row)
         try:
+            expected = trial(ids)
+            Int8Embedding.convert(trial)
+            trial.values[:], trial.scale[:] = to_int8(row)
             found = trial(ids)
-        except (AttributeError, IndexError, RuntimeError):  # it looks into `weight` itself
+        except (AttributeError, IndexError, RuntimeError, TypeError):  # it looks into `weight` itself, or is no table
             return False
     return found.shape == expected.shape and bool(
         torch.allclose(found, expected, rtol=0, atol=0.01 * float(expected.abs().max()))
