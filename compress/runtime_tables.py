@@ -1,8 +1,8 @@
 """Run token embeddings and output heads that are rounded to int8, one scale a row (`compress.packed.Int8Table`).
 
 In a small model with a large vocabulary they are most of what packing leaves: a fifth of SmolLM2-135M's weights, almost a third of Gemma-3-1B's.
-A head is read whole for every token that is generated. On a CPU the compiled kernels read its int8 rows as they are (cpu_decode.h); for many tokens at once,
-and elsewhere, some rows at a time are made floating-point and multiplied by torch.
+A head is read whole for every token that is generated. On a CPU the compiled kernels read its int8 rows as they are (cpu_decode.h); for many tokens
+at once, and elsewhere, some rows at a time are made floating-point and multiplied by torch.
 """
 
 from __future__ import annotations
