@@ -110,11 +110,11 @@ def _heat(values: tuple[np.ndarray, list[str]], label: str, colours: str, intege
     if names and len(names) <= 40:
         ax.set_yticks(range(len(names)), names)
     if integers and grid.size <= 400:
+        dark = np.nanmin(grid) + 0.65 * (np.nanmax(grid) - np.nanmin(grid))  # of these maps the upper end
         for (i, j), value in np.ndenumerate(grid):
             if np.isfinite(value):
-                ax.text(
-                    j, i, f"{value:g}" if value == int(value) else f"{value:.1f}", ha="center", va="center", fontsize=6, color=INK
-                )
+                shown = f"{value:g}" if value == int(value) else f"{value:.1f}"
+                ax.text(j, i, shown, ha="center", va="center", fontsize=6, color="white" if value > dark else INK)
     bar = drawn.colorbar(image, ax=ax, pad=0.01)
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=7)
