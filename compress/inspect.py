@@ -80,7 +80,7 @@ def _packed(path: Path) -> Iterator[TensorRow]:
         bits = 8 * matrix.nbytes / matrix.weights
         yield TensorRow(matrix.name, matrix.shape, f"packed {matrix.values}", matrix.nbytes, bits, sparsity, pattern + along)
     for table in packed.tables:
-        sparsity, pattern = describe(packed.read_table(table)["values"])
+        sparsity, pattern = describe(packed.stored(table)["values"])
         yield TensorRow(table.name, table.shape, "int8", table.nbytes, 8 * table.nbytes / table.weights, sparsity, pattern)
     yield from _plain(packed.checkpoint, packed.plain)
 

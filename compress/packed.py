@@ -245,13 +245,13 @@ class PackedCheckpoint:
 
     def read(self, matrix: PackedMatrix) -> dict[str, Tensor]:
         """Its parts ("values", "meta", perhaps "scale"). Raises CompressError when a code in its metadata is illegal."""
-        parts = self.read_table(matrix)
+        parts = self.stored(matrix)
         check_codes(parts, matrix, str(self.folder))
         return parts
 
-    def read_table(self, table: Int8Table | PackedMatrix) -> dict[str, Tensor]:
+    def stored(self, parameter: Int8Table | PackedMatrix) -> dict[str, Tensor]:
         """Its parts as they are stored."""
-        return {part: self.checkpoint.read(name) for part, name in self._names[table.name].items()}
+        return {part: self.checkpoint.read(name) for part, name in self._names[parameter.name].items()}
 
     def dense(self, matrix: PackedMatrix) -> Tensor:
         """The dense parameter of `matrix.shape`, in the type of the values (int8: float32)."""

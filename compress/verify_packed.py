@@ -100,7 +100,7 @@ def verify_packed_against(folder: Path, masks: Mapping[str, Tensor], original: L
         if table.name not in expected or tuple(expected[table.name].shape) != table.shape:
             report.rows.append(Row(table.name, table.shape, note="is not in the original", wrong=True))
             continue
-        found = checkpoint.read_table(table)
+        found = checkpoint.stored(table)
         report.rows.append(compare_int8(table.name, found["values"], found["scale"], expected[table.name]))
         rounded.add(expected[table.name].data_ptr())
     packed |= {name for name, value in expected.items() if value.data_ptr() in rounded}

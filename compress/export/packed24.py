@@ -273,7 +273,7 @@ def _verify(
     if tables:
         report = Report(f"{out}: embedding and head are the source's rounded to int8", None)
         for table in tables:
-            parts = written.read_table(table)
+            parts = written.stored(table)
             report.rows.append(compare_int8(table.name, parts["values"], parts["scale"], packer.table(table)))
         result.reports.append(report)
     if copied:
