@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from compress import console
+from compress.checkpoint import SIDECAR_NAME, UPDATED_FORMAT, read_json
 from compress.data import TokenBlocks, tokenize
 from compress.device import pick_device, tell_slow
 from compress.errors import UsageError
 from compress.evaluate import EvalText, evaluate_tokens, positions, token_windows
 from compress.hosted import HostedBlocks
 from compress.measure import WINDOW_TOKENS, eval_texts, measure_text, text_source
-from compress.models import LoadedModel, fingerprint, load_model
+from compress.models import LoadedModel, fingerprint, load_model, resolve_source
 from compress.prune import Method, Pruned, prune_one_shot
 from compress.recipe import LearnMaskRecipe
 from compress.recipe_file import dump_recipe
@@ -149,6 +150,7 @@ def prepare(recipe: LearnMaskRecipe, *, host_blocks: bool = False) -> Session:
     pattern = Pattern.parse(recipe.pattern)
     wanted = recipe.model
     texts = eval_texts(recipe.evaluate.texts)
+    _check_can_be_imitated(recipe)
     with console.log.status(f"loading {wanted.source}"):
         loaded = load_model(
             wanted.source,
@@ -208,3 +210,15 @@ def prepare(recipe: LearnMaskRecipe, *, host_blocks: bool = False) -> Session:
         f"{len(tokens):,} tokens of text, {', '.join(how)}"
     )
     return Session(recipe, loaded, pattern, refs, parameters, blocks, calibration, block_batches, texts, hosted)
+
+
+def _check_can_be_imitated(recipe: LearnMaskRecipe) -> None:
+    """Raise UsageError where the unmasked model is what is to be imitated, but is one whose weights only serve under a mask."""
+    if recipe.learn.distillation == 0 and recipe.learn.scope == "model":
+        return
+    folder = resolve_source(recipe.model.source).folder
+    if folder is not None and (file := folder / SIDECAR_NAME).is_file() and read_json(file).get("format") == UPDATED_FORMAT:
+        raise UsageError(
+            f"{recipe.model.source} has weights that were updated for a mask, so without a mask it is no model to imitate; set "
+            "learn.distillation=0 learn.cross_entropy=1 learn.scope=model"
+        )

@@ -22,6 +22,14 @@ def prune(
     update_weights: Annotated[
         bool, typer.Option("--update-weights", help="SparseGPT only: also update the weights that stay.")
     ] = False,
+    mask_out: Annotated[
+        Path | None,
+        typer.Option(
+            "--mask-out",
+            help="With --update-weights: write the mask here (.safetensors or .npz), and into --out a model whose pruned weights have their own "
+            "values, to learn a mask on from there.",
+        ),
+    ] = None,
     pattern: Annotated[str, typer.Option("--pattern", help="N:M.")] = "2:4",
     data: Annotated[
         str, typer.Option("--data", help="Calibration text: a file, a folder, asset:NAME, or a hub data set.")
@@ -51,6 +59,7 @@ def prune(
 
     - `compress prune asset:tiny-llama --method wanda --out tiny-wanda`
     - `compress prune asset:tiny-llama --method sparsegpt --update-weights --out tiny-sparsegpt`
+    - `compress prune asset:tiny-llama --update-weights --out tiny-updated --mask-out tiny-updated.safetensors`
     - `compress prune Qwen/Qwen3-0.6B --method ria --pattern 4:8 --out ria.safetensors`
     """
     if update_weights and method != "sparsegpt":
@@ -58,8 +67,13 @@ def prune(
     as_mask = out.suffix in (".safetensors", ".npz")
     if as_mask and update_weights:
         raise UsageError("updated weights do not fit in a mask file; give --out a folder")
-    if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise UsageError(f"{out} exists; choose another --out")
+    if mask_out is not None and not update_weights:
+        raise UsageError("--mask-out goes with --update-weights; for a mask alone give --out a name in .safetensors or .npz")
+    if mask_out is not None and mask_out.suffix not in (".safetensors", ".npz"):
+        raise UsageError(f"--mask-out {mask_out} is to end in .safetensors or .npz")
+    for path in (out, mask_out):
+        if path is not None and path.exists() and (path.is_file() or any(path.iterdir())):
+            raise UsageError(f"{path} exists; choose another name")
     from compress.oneshot import run_one_shot
 
     report = run_one_shot(
@@ -67,6 +81,7 @@ def prune(
         out,
         method=method,
         update_weights=update_weights,
+        mask_out=mask_out,
         pattern=pattern,
         data=data,
         samples=samples,

@@ -26,6 +26,8 @@ _LOADS = """| software | loads | faster for the sparsity |
 """
 
 
+_LOADS_DENSE = "transformers, vLLM, SGLang and llama.cpp's converter, as the original.\n"
+
 _LOADS_PACKED = """| software | loads | faster for the sparsity |
 | --- | --- | --- |
 | this tool: `compress generate`, `compress eval`, `compress.load` | yes | yes, with a compiled kernel (`compress doctor`) |
@@ -71,6 +73,12 @@ def write_card(
     _write(
         folder, loaded.source, loaded.folder is None, title, what, _LOADS + ("\n" + notes if notes else ""), recipe_text, metrics
     )
+
+
+def write_updated_card(folder: Path, loaded: LoadedModel, notes: str) -> None:
+    """Write the card of a dense checkpoint whose weights were changed and none pruned. notes: a sentence on how."""
+    title = f"{Path(loaded.source).name.removeprefix('asset:')}, updated"
+    _write(folder, loaded.source, loaded.folder is None, title, notes, _LOADS_DENSE, None, None, tags="compress", masked=False)
 
 
 def write_packed_card(

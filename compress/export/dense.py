@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from compress import __version__
-from compress.checkpoint import INDEX_NAME, SIDECAR_NAME, Checkpoint, as_stored, read_json, stored_name
+from compress.checkpoint import INDEX_NAME, SIDECAR_NAME, UPDATED_FORMAT, Checkpoint, as_stored, read_json, stored_name
 from compress.errors import UsageError
-from compress.export.card import write_card
+from compress.export.card import write_card, write_updated_card
 from compress.export.folder import output_folder
 from compress.export.source import copy_companions
 from compress.verify import Report, masked, stored_dim, verify_against, verify_checkpoint
@@ -79,6 +79,29 @@ def export_dense(
         updated = weights is not None
         write_card(partial, loaded, pattern, masks, recipe_text=recipe_text, metrics=metrics, updated=updated, notes=notes)
     return reports
+
+
+def export_updated(loaded: LoadedModel, weights: Mapping[str, Tensor], out: Path, notes: str) -> Report:
+    """Write the model with other values of some parameters, none of them pruned, load it back and compare every bit.
+
+    weights: parameter name -> values, of the parameter's shape; rounded to the type of the source's files. notes: what the card says of
+    them. Its compress.json has the format UPDATED_FORMAT, by which learning knows a model that is not to be imitated. Returns the report of
+    the comparison. Raises as `export_dense`.
+    """
+    source = _source_checkpoint(loaded)
+    whole = {name: torch.ones(value.shape, dtype=torch.bool) for name, value in weights.items()}
+    source_folder = None if loaded.gguf_file else loaded.folder
+    with output_folder(out, overwrite=False, source=source_folder) as partial, _replaced(loaded, source, whole, weights):
+        if source is not None:
+            _write_from_source(loaded, source, whole, partial)
+        else:
+            _write_from_model(loaded, whole, partial)
+        facts = {"tool": f"maskllm-compress {__version__}", "format": UPDATED_FORMAT, "source": loaded.source}
+        (partial / SIDECAR_NAME).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        report = verify_against(partial, {}, loaded)
+        report.raise_if_bad()
+        write_updated_card(partial, loaded, notes)
+    return report
 
 
 @contextmanager

@@ -12,10 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from compress.assets import asset_path
 from compress.cli import app
 from compress.errors import CompressError, UsageError
+from maskllm.storage import load_masks
 
 RUNNER = CliRunner()
 FAST = [
@@ -140,6 +144,31 @@ def test_sparsegpt_with_update_as_a_checkpoint(tmp_path: Path) -> None:
     compress("verify", tmp_path / "model", "--pattern", "2:4")
 
 
+def test_a_mask_is_learned_on_updated_weights(tmp_path: Path) -> None:
+    model, mask, run = tmp_path / "updated", tmp_path / "mask.safetensors", tmp_path / "run"
+    calibration = ["--samples", 8, "--seqlen", 64]
+    compress("prune", "asset:tiny-llama", "--update-weights", "--mask-out", mask, *calibration, "--out", model)
+    compress("prune", "asset:tiny-llama", "--update-weights", *calibration, "--out", tmp_path / "pruned")
+    pruned, merged = (load_file(folder / "model.safetensors") for folder in (tmp_path / "pruned", model))
+    own = load_file(asset_path("asset:tiny-llama") / "model.safetensors")
+    kept = load_masks(mask).masks
+    assert set(kept) <= set(own) == set(merged)
+    for name, tensor in merged.items():
+        expected = torch.where(kept[name], pruned[name], own[name]) if name in kept else own[name]
+        assert torch.equal(tensor, expected)
+    assert any(not torch.equal(merged[name], own[name]) for name in kept)
+    compress(
+        "learn-mask", "quickstart", f"model.source={model}", f"prior.mask={mask}",
+        *FAST, "evaluate.every=0", "evaluate.baselines=[prior]", "--out", run,
+    )  # fmt: skip
+    with pytest.raises(UsageError, match="no model to imitate"):
+        compress("learn-mask", "quickstart", f"model.source={model}", "learn.distillation=1", "--out", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    compress("export", run, "--out", tmp_path / "learned")
+    learned, final = load_file(tmp_path / "learned" / "model.safetensors"), load_masks(run / "mask.safetensors").masks
+    assert all(torch.equal(learned[name], torch.where(final[name], merged[name], 0.0)) for name in final)
+
+
 def test_dry_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     plan = json.loads(compress("learn-mask", "quickstart", "--dry-run", "--json"))
@@ -168,6 +197,8 @@ def test_dry_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ["eval", "asset:tiny-lama"],
         ["eval", "asset:tiny-llama", "--data", "nowhere.txt"],
         ["prune", "asset:tiny-llama", "--method", "wanda", "--update-weights"],
+        ["prune", "asset:tiny-llama", "--mask-out", "mask.safetensors"],
+        ["prune", "asset:tiny-llama", "--update-weights", "--mask-out", "mask.txt"],
         ["inspect", "nowhere"],
         ["verify", "nowhere"],
     ],
