@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 
 INDEX_NAME = "model.safetensors.index.json"
 SIDECAR_NAME = "compress.json"
-UPDATED_FORMAT = (
-    "dense-updated"  # in that file: some weights were updated for a mask that the others wait for (`compress prune --mask-out`)
-)
+UPDATED_FORMAT = "dense-updated"  # in that file: weights updated for a mask, nothing pruned yet (`compress prune --mask-out`)
 # What belongs to a model beside its weights. Everything else in a source folder (optimizer states, logs, a card) is not copied.
 COMPANIONS = (
     "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
