@@ -26,8 +26,6 @@ _LOADS = """| software | loads | faster for the sparsity |
 """
 
 
-_LOADS_DENSE = "transformers, vLLM, SGLang and llama.cpp's converter, as the original.\n"
-
 _LOADS_PACKED = """| software | loads | faster for the sparsity |
 | --- | --- | --- |
 | this tool: `compress generate`, `compress eval`, `compress.load` | yes | yes, with a compiled kernel (`compress doctor`) |
@@ -78,7 +76,18 @@ def write_card(
 def write_updated_card(folder: Path, loaded: LoadedModel, notes: str) -> None:
     """Write the card of a dense checkpoint whose weights were changed and none pruned. notes: a sentence on how."""
     title = f"{Path(loaded.source).name.removeprefix('asset:')}, updated"
-    _write(folder, loaded.source, loaded.folder is None, title, notes, _LOADS_DENSE, None, None, tags="compress", masked=False)
+    _write(
+        folder,
+        loaded.source,
+        loaded.folder is None,
+        title,
+        notes,
+        "transformers, as any checkpoint.\n",
+        None,
+        None,
+        tags="compress",
+        masked=False,
+    )
 
 
 def write_packed_card(

@@ -59,13 +59,7 @@ def export_dense(
     for name, mask in masks.items():
         if name not in parameters or parameters[name].shape != mask.shape:
             raise UsageError(f"the mask of {name} {list(mask.shape)} does not belong to {loaded.source}")
-    source = _source_checkpoint(loaded)
-    source_folder = None if loaded.gguf_file else loaded.folder
-    with output_folder(out, overwrite=overwrite, source=source_folder) as partial, _replaced(loaded, source, masks, weights):
-        if source is not None:
-            _write_from_source(loaded, source, masks, partial)
-        else:
-            _write_from_model(loaded, masks, partial)
+    with _written(loaded, masks, weights, out, overwrite) as partial:
         _sidecar(loaded, partial, masks, pattern, contracted, weights is not None)
         for name, text in (extras or {}).items():
             (partial / name).write_text(text, encoding="utf-8")
@@ -81,27 +75,34 @@ def export_dense(
     return reports
 
 
-def export_updated(loaded: LoadedModel, weights: Mapping[str, Tensor], out: Path, notes: str) -> Report:
+def export_updated(loaded: LoadedModel, weights: Mapping[str, Tensor], out: Path, notes: str) -> None:
     """Write the model with other values of some parameters, none of them pruned, load it back and compare every bit.
 
     weights: parameter name -> values, of the parameter's shape; rounded to the type of the source's files. notes: what the card says of
-    them. Its compress.json has the format UPDATED_FORMAT, by which learning knows a model that is not to be imitated. Returns the report of
-    the comparison. Raises as `export_dense`.
+    them. Its compress.json has the format UPDATED_FORMAT, by which learning knows a model that is not to be imitated. Raises as
+    `export_dense`.
     """
-    source = _source_checkpoint(loaded)
     whole = {name: torch.ones(value.shape, dtype=torch.bool) for name, value in weights.items()}
-    source_folder = None if loaded.gguf_file else loaded.folder
-    with output_folder(out, overwrite=False, source=source_folder) as partial, _replaced(loaded, source, whole, weights):
-        if source is not None:
-            _write_from_source(loaded, source, whole, partial)
-        else:
-            _write_from_model(loaded, whole, partial)
+    with _written(loaded, whole, weights, out, overwrite=False) as partial:
         facts = {"tool": f"maskllm-compress {__version__}", "format": UPDATED_FORMAT, "source": loaded.source}
         (partial / SIDECAR_NAME).write_text(json.dumps(facts, indent=1), encoding="utf-8")
-        report = verify_against(partial, {}, loaded)
-        report.raise_if_bad()
+        verify_against(partial, {}, loaded).raise_if_bad()
         write_updated_card(partial, loaded, notes)
-    return report
+
+
+@contextmanager
+def _written(
+    loaded: LoadedModel, masks: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None, out: Path, overwrite: bool
+) -> Iterator[Path]:
+    """The folder that becomes `out`, with the checkpoint in it; within it the model's weights are the ones that were written, to compare with."""
+    source = _source_checkpoint(loaded)
+    source_folder = None if loaded.gguf_file else loaded.folder
+    with output_folder(out, overwrite=overwrite, source=source_folder) as partial, _replaced(loaded, source, masks, weights):
+        if source is not None:
+            _write_from_source(loaded, source, masks, partial)
+        else:
+            _write_from_model(loaded, masks, partial)
+        yield partial
 
 
 @contextmanager
